@@ -1,0 +1,850 @@
+"""
+common: what two or more stages call, and what would be a bug if it drifted apart.
+
+    the run      presets, constants from the shell, run folders that resume, files that are whole or not there
+    the labels   class names, colours and synonyms; the id maps of the data sets
+    the data     pairs of image and label, the paper's augmentation, batches addressed by (seed, step, item)
+    the model    frozen encoder, mask decoder, matching and losses, the semantic map, checkpoints
+"""
+import difflib
+import errno
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+
+# ============================================================================ the run
+PRESETS = ("toy", "gta", "synthia", "cityscapes")
+PRESET = os.environ.get("PRESET", "toy")
+RUN = os.environ.get("RUN", f"runs/{PRESET}")
+DATA = os.environ.get("DATA", "data")
+if PRESET not in PRESETS:
+    sys.exit(f"PRESET={PRESET} is not a preset; there are: {', '.join(PRESETS)}")
+
+
+def preset(toy, paper=None, **named):
+    """This preset's value of a constant. `paper` stands for gta, synthia and cityscapes where they are not named."""
+    return toy if PRESET == "toy" else named.get(PRESET, paper)
+
+
+class Stop(Exception):
+    """What the user must hear: one message, no traceback. Nothing that was made is lost."""
+
+
+def constants(stage):
+    """The constants of a stage: its upper-case names with plain values, in the order of the file."""
+    return {name: value for name, value in stage.items()
+            if name.isupper() and isinstance(value, (bool, int, float, str, tuple)) and (name == "OUT" or name not in globals())}
+
+
+def parse(name, text, default):
+    """The text after --NAME= as a value of the default's type. A tuple is written a,b,c. Raises Stop."""
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}[text.lower()]
+        if kind is tuple:
+            of = type(default[0]) if default else str
+            return tuple(of(part.strip()) for part in text.split(",") if part.strip())
+        return kind(text)
+    except (ValueError, KeyError):
+        raise Stop(f"--{name}={text}: {name} is {kind.__name__} (now {default!r}), got {text!r}") from None
+
+
+def override(stage, arguments):
+    """Set constants of a stage from --NAME=value. Unknown names and wrong types stop with the nearest name. --help prints them all."""
+    known = constants(stage)
+    for argument in arguments:
+        if argument in ("-h", "--help"):
+            print(stage["__doc__"].strip() + f"\n\nPRESET={PRESET} RUN={RUN} DATA={DATA} (from the environment). Constants, set with --NAME=value:")
+            for name, value in known.items():
+                print(f"  --{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
+            raise SystemExit(0)
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals:
+            raise Stop(f"{argument}: expected --NAME=value; --help lists the names")
+        if name not in known:
+            near = difflib.get_close_matches(name.upper(), known, 1)
+            raise Stop(f"--{name}: not a constant of this stage" + (f"; did you mean --{near[0]}={text}?" if near else "; --help lists them"))
+        stage[name] = parse(name, text, known[name])
+        if stage[name] != known[name]:
+            print(f"{name}: {known[name]!r} -> {stage[name]!r}")
+
+
+def launch(stage):
+    """Run main() of a stage with the constants of the command line. Expected failures end in one line on stderr and status 1."""
+    script = Path(stage["__file__"]).name
+    try:
+        override(stage, sys.argv[1:])
+        steady_cpu()
+        stage["main"]()
+    except Stop as problem:
+        sys.exit(f"{script}: {problem}")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{script}: stopped by Ctrl-C. The same command goes on where this one was.")
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"{script}: the disk is full ({problem.filename or 'while writing'}). What is written is whole: make room and run the same command again.")
+
+
+def steady_cpu():
+    """Keep freed memory in the process: glibc otherwise hands every large tensor back and faults it in again at each step (up to 8x slower training)."""
+    if not torch.cuda.is_available() and platform.libc_ver()[0] == "glibc":
+        import ctypes
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):          # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(option, value)
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+
+
+def device():
+    """The one GPU, or the CPU. A paper preset without a GPU is allowed and warned about."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if PRESET != "toy":
+        print(f"warning: no GPU found; PRESET={PRESET} on a CPU takes minutes a step. The miniature world is for CPUs: PRESET=toy")
+    return torch.device("cpu")
+
+
+def need(*wanted):
+    """Ask for everything before anything is touched. wanted: (path or glob result, what gives it). One message names all that is missing."""
+    missing = [f"no {path}\n  {how}" for path, how in wanted if not (path and Path(path).exists())]
+    if missing:
+        raise Stop("\n".join(missing))
+
+
+@contextmanager
+def whole(path):
+    """`with whole(path) as part:` write to `part`; at the end it is renamed to `path`. So `path` is complete or not there."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except Exception as problem:            # torch, numpy and safetensors each have their own error for a full disk
+        if shutil.disk_usage(part.parent).free < 2 ** 16 or "No space left" in str(problem):
+            raise OSError(errno.ENOSPC, "no space left", str(path)) from problem
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with whole(path) as part:
+        part.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def save_checkpoint(path, state):
+    with whole(path) as part:
+        torch.save(state, part)
+
+
+def load_checkpoint(path):
+    """The state that save_checkpoint wrote, or None if there is none. A damaged file is named, put aside and not used."""
+    if not Path(path).exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:
+        os.replace(path, f"{path}.damaged")
+        print(f"{path} cannot be read ({type(problem).__name__}): kept as {path}.damaged; starting again without it")
+        return None
+
+
+class Run:
+    """The folder of one stage: its result, run.json, log.jsonl, pictures. Its use, in this order:
+
+        run = Run(globals(), "prompts.txt")     if run.finished(): return
+        need(...)                               run.start()   ...   run.log(...)   ...   run.finish()
+
+    The result is the file whose presence means finished; it is written last. `free` constants may change in a resumed run."""
+
+    def __init__(self, stage, result, lock="lock", free=("LOG_EVERY", "SAVE_EVERY", "PREVIEW_EVERY", "WORKERS")):
+        self.out, self.result, self.stage = Path(stage["OUT"]), Path(stage["OUT"]) / result, Path(stage["__file__"]).stem
+        self.constants = {k: list(v) if isinstance(v, tuple) else v for k, v in constants(stage).items() if k != "OUT"}
+        self.free, self.lock_name, self.started, self.info = free, lock, time.time(), {}
+        before = self.out / "run.json"
+        if before.exists():
+            try:
+                self.info = json.loads(before.read_text())
+            except ValueError:
+                self.info = {}
+            for name, value in self.info.get("constants", {}).items():
+                if name in self.constants and name not in free and self.constants[name] != value:
+                    raise Stop(f"{self.out} was made with {name}={value} (now {self.constants[name]}). "
+                               f"Another experiment is another folder: --OUT={self.out}_{name.lower()}")
+
+    def finished(self):
+        if self.result.exists():
+            print(f"{self.stage}: finished before, see {self.result}. To do it again, remove the folder or name another --OUT")
+        return self.result.exists()
+
+    def start(self):
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise Stop(f"{self.out} cannot be made ({problem.strerror}): name another --OUT") from None
+        self.lock = open(self.out / f".{self.lock_name}", "w")
+        try:
+            import fcntl
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass                                                        # no advisory locks on this system: one job a folder is up to the user
+        except OSError:
+            raise Stop(f"{self.out} is in use by another job: wait for it, or name another --OUT") from None
+        self.info = {**self.info, "stage": self.stage, "preset": PRESET, "argv": sys.argv, "constants": self.constants, "device": str(device()),
+                     "versions": versions(), "commit": commit(), "started": self.info.get("started", time.strftime("%Y-%m-%d %H:%M:%S"))}
+        write_json(self.out / "run.json", self.info)
+
+    def rewind(self, step):
+        """Forget what was logged after the step that the run goes on from."""
+        log = self.out / "log.jsonl"
+        if log.exists():
+            lines = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line).get("step", 0) <= step]
+            with whole(log) as part:
+                part.write_text("".join(line + "\n" for line in lines))
+
+    def log(self, **numbers):
+        rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in numbers.items()}
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(rounded) + "\n")
+        print(" | ".join(f"{k} {v}" for k, v in rounded.items()), flush=True)
+
+    def finish(self, **numbers):
+        self.info.update(wall_seconds=round(self.info.get("wall_seconds", 0) + time.time() - self.started, 1), peak_memory_gb=peak_memory(), **numbers)
+        write_json(self.out / "run.json", self.info)
+        print(f"{self.stage}: {self.result} | {self.info['wall_seconds']:.0f} s | {self.info['peak_memory_gb']} GB")
+
+
+def peak_memory():
+    """Gigabytes: of the GPU if there is one, otherwise of the process."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
+    try:
+        import resource
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20), 2)
+    except ImportError:
+        return 0.
+
+
+def versions():
+    from importlib.metadata import PackageNotFoundError, version
+    found = {"python": platform.python_version()}
+    for package in ("torch", "open_clip_torch", "timm", "transformers", "diffusers", "segment-anything", "numpy", "scipy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def commit():
+    try:
+        return subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def local(path):
+    """A path as given, or, if there is nothing, the same path beside this file: shipped weights are found from any working folder."""
+    return str(path) if Path(path).exists() or not (HERE / path).exists() else str(HERE / path)
+
+
+def model_folder(name):
+    """A hub id, or a local folder if `name` is one. Something that looks like a path and is not there stops here, not after the hub's retries."""
+    path = local(name)
+    if Path(path).is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise Stop(f"no model folder {name}: give a folder that exists, or a hub id like owner/name")
+    return name
+
+
+@contextmanager
+def from_hub(what, instead):
+    """Loading `what` may need the hub: its many errors become one line, with what to do `instead`."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, ImportError) as problem:
+        line = (str(problem).strip() or type(problem).__name__).splitlines()[0][:200]
+        raise Stop(f"{what} could not be loaded ({type(problem).__name__}: {line})\n  {instead}") from problem
+
+
+def hub_or_offline():
+    """Without a network the hub's client tries for 46 s before it says so. Ask once, for a second, before the libraries are imported."""
+    if "HF_HUB_OFFLINE" not in os.environ:
+        import socket
+        host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0].split(":")[0]
+        try:
+            socket.setdefaulttimeout(1.)
+            socket.create_connection((host, 443), 1.).close()
+        except OSError:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        finally:
+            socket.setdefaulttimeout(None)
+
+
+# ============================================================================ the labels
+IGNORE = 255                                         # the train id of a pixel that must not teach and is not scored
+#                name            colour            other words for it in a prompt
+TOY_CLASSES = {"road":          ((128, 64, 128),  ("street",)),
+               "sidewalk":      ((244, 35, 232),  ("pavement",)),
+               "building":      ((70, 70, 70),    ("house",)),
+               "fence":         ((190, 153, 153), ("railing",)),
+               "pole":          ((153, 153, 153), ("lamp post",)),
+               "sign":          ((220, 220, 0),   ("traffic sign", "traffic light")),
+               "vegetation":    ((107, 142, 35),  ("tree", "bush")),
+               "sky":           ((70, 130, 180),  ("clouds",)),
+               "person":        ((220, 20, 60),   ("people", "pedestrian")),
+               "car":           ((0, 0, 142),     ("automobile",)),
+               "bus":           ((0, 60, 100),    ("coach",)),
+               "bicycle":       ((119, 11, 32),   ("bike", "cyclist"))}
+CITYSCAPES_CLASSES = {
+               "road":          ((128, 64, 128),  ("street", "avenue", "highway", "lane", "intersection", "crossing")),
+               "sidewalk":      ((244, 35, 232),  ("pavement", "footpath")),
+               "building":      ((70, 70, 70),    ("house", "skyscraper", "tower", "shop", "skyline")),
+               "wall":          ((102, 102, 156), ("brick wall", "stone wall")),
+               "fence":         ((190, 153, 153), ("railing",)),
+               "pole":          ((153, 153, 153), ("lamp post", "street lamp")),
+               "traffic light": ((250, 170, 30),  ("traffic signal", "stoplight")),
+               "traffic sign":  ((220, 220, 0),   ("stop sign", "street sign", "road sign")),
+               "vegetation":    ((107, 142, 35),  ("tree", "bush", "hedge", "plants")),
+               "terrain":       ((152, 251, 152), ("grass", "lawn", "field", "dirt")),
+               "sky":           ((70, 130, 180),  ("clouds",)),
+               "person":        ((220, 20, 60),   ("people", "pedestrian", "man", "woman", "child")),
+               "rider":         ((255, 0, 0),     ("cyclist", "motorcyclist", "biker")),
+               "car":           ((0, 0, 142),     ("automobile", "taxi", "vehicle")),
+               "truck":         ((0, 0, 70),      ("lorry", "van")),
+               "bus":           ((0, 60, 100),    ("coach",)),
+               "train":         ((0, 80, 100),    ("tram", "locomotive", "streetcar")),
+               "motorcycle":    ((0, 0, 230),     ("motorbike", "scooter")),
+               "bicycle":       ((119, 11, 32),   ("bike",))}
+_TABLE = preset(toy=TOY_CLASSES, paper=CITYSCAPES_CLASSES)         # your own classes: a table like these
+CLASSES = list(_TABLE)
+COLOURS = np.array([colour for colour, _ in _TABLE.values()], np.uint8)
+SYNONYMS = {name: words for name, (_, words) in _TABLE.items()}
+
+#              id of the data set -> train id; every id that is not here is IGNORE
+CITYSCAPES_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+SYNTHIA_IDS = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12, 8: 13, 18: 14, 19: 15, 20: 16, 12: 17, 11: 18}
+MAPILLARY_IDS = {13: 0, 24: 0, 41: 0, 2: 1, 15: 1, 17: 2, 6: 3, 3: 4, 45: 5, 47: 5, 48: 6, 50: 7, 30: 8, 29: 9, 27: 10, 19: 11, 20: 12, 21: 12, 22: 12,
+                 55: 13, 61: 14, 54: 15, 58: 16, 57: 17, 52: 18}
+
+
+def colourise(label):
+    """uint8 (H, W) train ids -> uint8 (H, W, 3) in the classes' colours; IGNORE is black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[:len(COLOURS)] = COLOURS
+    return table[label]
+
+
+# ============================================================================ the data
+#              images under DATA ({split}: train or val)                  label of an image: text of its path replaced                          ids
+LAYOUTS = {
+    "gta":        ("gta/images/*.png",                                    (("/images/", "/labels/"),),                                          CITYSCAPES_IDS),
+    "synthia":    ("synthia/RGB/*.png",                                   (("/RGB/", "/GT/LABELS/"),),                                          SYNTHIA_IDS),
+    "cityscapes": ("cityscapes/leftImg8bit/{split}/*/*_leftImg8bit.png",  (("/leftImg8bit/", "/gtFine/"), ("_leftImg8bit.png", "_gtFine_labelIds.png")), CITYSCAPES_IDS),
+    "bdd":        ("bdd100k/images/10k/{split}/*.jpg",                    (("/images/10k/", "/labels/sem_seg/masks/"), (".jpg", ".png")),       None),
+    "mapillary":  ("mapillary/{mapillary_split}/images/*.jpg",            (("/images/", "/labels/"), (".jpg", ".png")),                         MAPILLARY_IDS),
+    **{f"acdc_{condition}": (f"acdc/rgb_anon/{condition}/{{split}}/**/*_rgb_anon.png", (("/rgb_anon/", "/gt/"), ("_rgb_anon.png", "_gt_labelTrainIds.png")), None)
+       for condition in ("fog", "night", "rain", "snow")}}
+
+
+def pairs(name, split):
+    """All (image path, label path) of a data set, sorted. `folder:PATH` is PATH/images/* with PATH/labels/STEM.png of train ids.
+
+    split: "train" or "val"; a folder has none. Raises Stop with what is missing."""
+    if name.startswith("folder:"):
+        root = Path(name.removeprefix("folder:"))
+        if not (root / "images").is_dir():
+            raise Stop(f"no {root}/images\n  {name} means images in {root}/images and PNGs of train ids with the same stem in {root}/labels")
+        images = sorted(p for p in (root / "images").iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        found = [(image, root / "labels" / f"{image.stem}.png") for image in images]
+        where = root / "images"
+    elif name in LAYOUTS:
+        pattern, replaced, _ = LAYOUTS[name]
+        pattern = pattern.format(split=split, mapillary_split={"train": "training", "val": "validation"}[split])
+        found, where = [], f"{DATA}/{pattern}"
+        for image in sorted(Path(DATA).glob(pattern)):
+            label = str(image)
+            for old, new in replaced:
+                label = label.replace(old, new)
+            found.append((image, Path(label)))
+    else:
+        near = difflib.get_close_matches(name, LAYOUTS, 1)
+        raise Stop(f"{name} is not a data set" + (f"; did you mean {near[0]}?" if near else "") + f" There are: {', '.join(LAYOUTS)}, folder:PATH")
+    if not found:
+        raise Stop(f"no images at {where}\n  README, 'Data', says where {name} comes from. To try the code without it: PRESET=toy")
+    lonely = [image for image, label in found if not label.exists()]
+    if lonely:
+        raise Stop(f"{len(lonely)} of {len(found)} images of {name} have no label, the first is {lonely[0]}\n  expected it at {dict(found)[lonely[0]]}")
+    return found
+
+
+def toy_data(*names):
+    """The miniature's `folder:` sets are drawn once, by tests/toy/world.py, when they are named and missing."""
+    root = Path(DATA) / "toy"
+    wanted = [n for n in names if n.startswith(f"folder:{root}/") and not Path(n.removeprefix("folder:")).exists()]
+    if wanted:
+        print(f"drawing the miniature world into {root} (about a minute, once)")
+        subprocess.run([sys.executable, HERE / "tests/toy/world.py", str(root)], check=True)
+
+
+def read_image(path):
+    """-> PIL image, RGB, turned upright as its EXIF says. Raises Stop."""
+    from PIL import ImageOps
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError) as problem:
+        raise Stop(f"{path} cannot be read as an image ({problem}): copy or make it again") from None
+
+
+def read_label(path, name, size):
+    """-> uint8 (H, W) train ids. `name` is the data set (its ids are mapped), `size` the image's (width, height). Raises Stop."""
+    ids = LAYOUTS[name][2] if name in LAYOUTS else None
+    try:
+        if name == "synthia":                       # 16-bit, three channels: the class is the first; PIL would cut it to 8 bits
+            from torchvision.io import ImageReadMode, read_file, decode_png
+            label = decode_png(read_file(str(path)), ImageReadMode.UNCHANGED)[0].numpy()
+        else:
+            with Image.open(path) as file:          # of a palette PNG this gives the indices, which are the ids
+                label = np.asarray(file)
+    except (OSError, RuntimeError, SyntaxError) as problem:
+        raise Stop(f"{path} cannot be read as a label ({str(problem).splitlines()[0]}): copy or make it again") from None
+    if label.ndim != 2:
+        raise Stop(f"{path} has {label.shape[-1]} channels: expected one channel of ids, not colours")
+    if label.shape != size[::-1]:
+        raise Stop(f"{path} is {label.shape[1]} x {label.shape[0]}, its image {size[0]} x {size[1]}: label and image must have one size")
+    if ids is not None:
+        table = np.full(256, IGNORE, np.uint8)
+        table[list(ids)] = list(ids.values())
+        return table[np.where(label < 256, label, 255).astype(np.uint8)]
+    unknown = label[(label >= len(CLASSES)) & (label != IGNORE)]
+    if unknown.size:
+        raise Stop(f"{path} holds the id {unknown[0]}: expected train ids 0 to {len(CLASSES) - 1}, or {IGNORE} for none")
+    return label.astype(np.uint8)
+
+
+def randomness(*address):
+    """A generator for the address (seed, step, item, ...): the same numbers whatever was drawn before, so a resumed run repeats."""
+    return np.random.default_rng([int(a) for a in address])
+
+
+@lru_cache(4)
+def _permutation(n, seed, epoch):
+    return randomness(seed, epoch, 1).permutation(n)
+
+
+def shuffled(n, seed, position):
+    """The position-th draw of an endless stream over range(n) that shows everything once per epoch."""
+    epoch, offset = divmod(position, n)
+    return int(_permutation(n, seed, epoch)[offset])
+
+
+def colour_jitter(image, random):
+    """Brightness, contrast, saturation and hue, each with probability 1/2, as SSD and the official code. uint8 (3, H, W) -> the same."""
+    from torchvision.transforms.v2 import functional as T
+    if random.random() < .5:
+        image = (image.float() + random.uniform(-32, 32)).clamp(0, 255).to(torch.uint8)
+    steps = [lambda x: T.adjust_contrast(x, random.uniform(.5, 1.5)), lambda x: T.adjust_saturation(x, random.uniform(.5, 1.5)),
+             lambda x: T.adjust_hue(x, random.uniform(-.1, .1))]
+    for step in steps if random.random() < .5 else steps[1:] + steps[:1]:
+        image = step(image) if random.random() < .5 else image
+    return image
+
+
+def scale_and_crop(image, label, random, crop, scale, fill):
+    """Random scale, random crop, colour jitter, flip (paper 4.1). One grid for image and label; offsets of y and x drawn apart.
+
+    image PIL RGB, label uint8 (H, W) -> uint8 (3, h, w), int64 (h, w). What lies outside is `fill` (RGB) and IGNORE."""
+    height, width = crop
+    factor = random.uniform(*scale)
+    seen_w, seen_h = min(width, round(image.width * factor)), min(height, round(image.height * factor))
+    x, y = random.uniform(0, max(0., image.width - seen_w / factor)), random.uniform(0, max(0., image.height - seen_h / factor))
+    box = (x, y, min(x + seen_w / factor, image.width), min(y + seen_h / factor, image.height))
+    pixels = np.asarray(image.resize((seen_w, seen_h), Image.BILINEAR, box=box))
+    ids = np.asarray(Image.fromarray(label).resize((seen_w, seen_h), Image.NEAREST, box=box))
+    out = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1).repeat(1, height, width)
+    out[:, :seen_h, :seen_w] = colour_jitter(torch.from_numpy(pixels.copy()).permute(2, 0, 1), random)      # colour before padding
+    target = torch.full((height, width), IGNORE, dtype=torch.int64)
+    target[:seen_h, :seen_w] = torch.from_numpy(ids.astype(np.int64))
+    return (out.flip(2), target.flip(1)) if random.random() < .5 else (out, target)
+
+
+def source_batch(found, name, step, n, seed, crop, scale, fill):
+    """n source crops of a step -> uint8 (n, 3, h, w), int64 (n, h, w). A pure function of (seed, step)."""
+    samples = []
+    for item in range(n):
+        image_path, label_path = found[shuffled(len(found), seed, step * n + item)]
+        image = read_image(image_path)
+        samples.append(scale_and_crop(image, read_label(label_path, name, image.size), randomness(seed, step, item, 2), crop, scale, fill))
+    images, labels = zip(*samples)
+    return torch.stack(images), torch.stack(labels)
+
+
+def ahead(make, steps, workers):
+    """Yield make(step) for every step, in order, made ahead of time by threads."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        queue = deque()
+        try:
+            for step in steps:
+                queue.append(pool.submit(make, step))
+                if len(queue) > workers + 1:
+                    yield queue.popleft().result()
+            while queue:
+                yield queue.popleft().result()
+        finally:
+            for future in queue:
+                future.cancel()
+
+
+# ============================================================================ the model: encoder
+class Encoder(nn.Module):
+    """E of paper 3.1: a CNN whose four feature maps, at strides 4, 8, 16, 32, feed the decoder. Frozen and in eval mode unless told otherwise.
+
+    name    "MODEL/TAG"         a CNN tower of open_clip, as RN50-quickgelu/openai or convnext_large_d_320/laion2b_s29b_b131k_ft_soup
+            "timm:NAME"         a CNN of timm, as timm:resnet50.tv_in1k
+            "transformers:ID"   a SegFormer encoder, as transformers:nvidia/mit-b5
+            "local-dir:PATH"    a folder of any of the three in its library's own format
+    Raises Stop if the weights are not to be had."""
+
+    def __init__(self, name, frozen=True):
+        super().__init__()
+        self.name, self.frozen = name, frozen
+        kind, _, rest = name.rpartition(":")
+        folder = local(rest) if kind == "local-dir" else None
+        config = {}
+        if folder:
+            if not Path(folder).is_dir():
+                raise Stop(f"no encoder folder {rest} (ENCODER={name})")
+            for file in ("open_clip_config.json", "config.json"):
+                if (Path(folder) / file).exists():
+                    config = json.loads((Path(folder) / file).read_text())
+                    break
+        else:
+            hub_or_offline()
+        with from_hub(f"the encoder {name}", "put the weights in a folder and name it: --ENCODER=local-dir:PATH, or connect to the hub once"):
+            if kind == "timm" or "architecture" in config:
+                import timm
+                self.body = timm.create_model(f"local-dir:{folder}" if folder else rest, pretrained=True, features_only=True, out_indices=(-4, -3, -2, -1))
+                self.maps, self.channels = self.body, list(self.body.feature_info.channels())
+                mean, std = self.body.pretrained_cfg["mean"], self.body.pretrained_cfg["std"]
+            elif kind == "transformers" or config.get("model_type") == "segformer":
+                from transformers import SegformerModel
+                self.body = SegformerModel.from_pretrained(folder or rest)
+                self.maps, self.channels = lambda x: self.body(x, output_hidden_states=True).hidden_states, list(self.body.config.hidden_sizes)
+                mean, std = (.485, .456, .406), (.229, .224, .225)
+            else:
+                import open_clip
+                model, _, tag = name.rpartition("/")
+                clip = open_clip.create_model(f"local-dir:{folder}" if folder else model, pretrained=None if folder else tag, require_pretrained=True)
+                self.body = clip.visual                                 # the text tower is never used: the official method does not either
+                self.maps = lambda x: self.body.forward_intermediates(x, indices=4, intermediates_only=True)["image_intermediates"]
+                mean, std = self.body.preprocess_cfg["mean"], self.body.preprocess_cfg["std"]
+                with torch.no_grad():
+                    self.channels = [f.shape[1] for f in self.maps(torch.zeros(1, 3, 64, 64))]
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(not frozen).train(not frozen)
+
+    @property
+    def fill(self):
+        """The mean colour as RGB in 0..255: what padding looks like after normalisation is 0."""
+        return tuple(int(round(255 * m)) for m in self.mean.flatten().tolist())
+
+    def train(self, mode=True):
+        return super().train(mode and not self.frozen)                  # BatchNorm statistics and DropPath must not move when frozen
+
+    def forward(self, images):
+        """uint8 (B, 3, H, W), H and W multiples of 32 -> [(B, C, H/4, W/4), ... /8, /16, /32]"""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return list(self.maps((images.float() / 255 - self.mean) / self.std))
+
+
+# ============================================================================ the model: decoder
+class Attention(nn.Module):
+    """Multi-head attention with a boolean mask: True = may look."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, query, key, value, mask=None):
+        """(B, Q, D), (B, N, D), (B, N, D), mask (B, Q, N) or None -> (B, Q, D)"""
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer, x in ((self.query, query), (self.key, key), (self.value, value)))
+        out = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None])
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+def position(height, width, dim, like):
+    """Sine position code of a grid, (1, H * W, dim): half of it for y, half for x (Mask2Former's, normalised to 2 pi)."""
+    frequency = 10_000 ** (torch.arange(dim // 4, device=like.device, dtype=torch.float32) / (dim // 4))
+    code = []
+    for n in (height, width):
+        angle = (torch.arange(1, n + 1, device=like.device, dtype=torch.float32) / n * 2 * torch.pi)[:, None] / frequency
+        code.append(torch.cat((angle.sin(), angle.cos()), 1))
+    y, x = code[0][:, None].expand(-1, width, -1), code[1][None].expand(height, -1, -1)
+    return torch.cat((y, x), 2).flatten(0, 1)[None].to(like.dtype)
+
+
+class DecoderLayer(nn.Module):
+    """Masked cross-attention, self-attention, feed-forward: Mask2Former's order, each with a residual and a norm behind it."""
+
+    def __init__(self, dim, heads, hidden):
+        super().__init__()
+        self.cross, self.self_ = Attention(dim, heads), Attention(dim, heads)
+        self.feed = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
+
+    def forward(self, queries, embed, memory, code, mask):
+        queries = self.norms[0](queries + self.cross(queries + embed, memory + code, memory, mask))
+        q = queries + embed
+        queries = self.norms[1](queries + self.self_(q, q, queries))
+        return self.norms[2](queries + self.feed(queries))
+
+
+class Decoder(nn.Module):
+    """D of paper 3.1: mask classification as Mask2Former, with a plain FPN in place of its deformable attention.
+
+    channels: of the encoder's four maps. classes: C, without no-object. dim: width d. queries: Q. layers: L. hidden: of the feed-forward."""
+
+    def __init__(self, channels, classes, dim, queries, layers, hidden, heads=8):
+        super().__init__()
+        self.sizes = dict(channels=list(channels), classes=classes, dim=dim, queries=queries, layers=layers, hidden=hidden, heads=heads)
+        groups = min(32, dim // 4)
+        self.lateral = nn.ModuleList(nn.Sequential(nn.Conv2d(c, dim, 1), nn.GroupNorm(groups, dim)) for c in channels)
+        self.smooth = nn.ModuleList(nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.GroupNorm(groups, dim), nn.ReLU()) for _ in channels)
+        self.mask_features = nn.Conv2d(dim, dim, 1)
+        self.query, self.query_embed, self.level_embed = nn.Embedding(queries, dim), nn.Embedding(queries, dim), nn.Embedding(3, dim)
+        self.layers = nn.ModuleList(DecoderLayer(dim, heads, hidden) for _ in range(layers))
+        self.norm, self.class_head = nn.LayerNorm(dim), nn.Linear(dim, classes + 1)
+        self.mask_head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+
+    def pixels(self, features):
+        """Four maps -> the d-channel maps at strides 32, 16, 8 that the queries look at, and the mask features at stride 4."""
+        out, above = [], None
+        for lateral, smooth, feature in zip(self.lateral[::-1], self.smooth[::-1], features[::-1]):
+            x = lateral(feature)
+            if above is not None:
+                x = x + F.interpolate(above, x.shape[-2:], mode="bilinear", align_corners=False)
+            above = smooth(x)
+            out.append(above)
+        return out[:3], self.mask_features(out[3])
+
+    def forward(self, features):
+        """-> class logits (L+1, B, Q, C+1), mask logits (L+1, B, Q, H/4, W/4): one prediction before the first layer and one after each."""
+        levels, pixels = self.pixels(features)
+        batch = len(pixels)
+        memory = [level.flatten(2).transpose(1, 2) + self.level_embed.weight[i] for i, level in enumerate(levels)]
+        codes = [position(*level.shape[-2:], level.shape[1], level) for level in levels]
+        queries, embed = (e.weight[None].expand(batch, -1, -1) for e in (self.query, self.query_embed))
+        classes, masks = [], []
+        for i in range(len(self.layers) + 1):
+            normed = self.norm(queries)
+            classes.append(self.class_head(normed))
+            masks.append(torch.einsum("bqd,bdhw->bqhw", self.mask_head(normed), pixels))
+            if i < len(self.layers):
+                level = i % 3
+                with torch.no_grad():                                   # a query looks where its own mask is; an empty mask looks everywhere
+                    look = F.interpolate(masks[-1].float(), levels[level].shape[-2:], mode="bilinear", align_corners=False).flatten(2) > 0
+                    look = look | ~look.any(-1, keepdim=True)
+                queries = self.layers[i](queries, embed, memory[level], codes[level], look)
+        return torch.stack(classes), torch.stack(masks)
+
+
+def semantic(class_logits, mask_logits, size):
+    """Sum over queries of softmax(class) x sigmoid(mask): (B, Q, C+1), (B, Q, h, w) -> (B, C, *size), the score of every class at every pixel.
+
+    Masks are up-sampled as logits, a few queries at a time, so that Q full-size masks never exist together."""
+    scores = 0
+    probabilities = class_logits.float().softmax(-1)[..., :-1]
+    for p, m in zip(probabilities.split(8, 1), mask_logits.float().split(8, 1)):
+        scores = scores + torch.einsum("bqc,bqhw->bchw", p, F.interpolate(m, size, mode="bilinear", align_corners=False).sigmoid())
+    return scores
+
+
+@torch.no_grad()
+def predict(encoder, decoder, images):
+    """uint8 (B, 3, H, W) of any size -> class scores (B, C, H, W). Padded right and below to a multiple of 32 with the mean colour."""
+    height, width = images.shape[-2:]
+    padded = torch.tensor(encoder.fill, dtype=torch.uint8, device=images.device).view(1, 3, 1, 1).repeat(len(images), 1, -(-height // 32) * 32, -(-width // 32) * 32)
+    padded[..., :height, :width] = images
+    classes, masks = decoder(encoder(padded))
+    return semantic(classes[-1], masks[-1], padded.shape[-2:])[..., :height, :width]
+
+
+# ============================================================================ the model: matching and losses
+CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT, NO_OBJECT = 2., 5., 5., .1       # Mask2Former; paper eq. 1: L = L_mask + lambda_cls L_cls
+OVERSAMPLE, IMPORTANT = 3, .75                                           # candidates per mask point; share of points where the mask is least sure
+
+
+def sample(maps, points, shape):
+    """Bilinear values of maps (N, M, h, w) at the centres of the pixels `points` (N, P) of an image of `shape` (H, W) -> (N, M, P)"""
+    height, width = shape
+    x, y = (points % width + .5) / width, (points // width + .5) / height
+    grid = torch.stack((x, y), -1)[:, :, None] * 2 - 1
+    return F.grid_sample(maps, grid.to(maps.dtype), align_corners=False)[..., 0]
+
+
+@torch.no_grad()
+def match(class_logits, mask_logits, labels, present, points):
+    """Hungarian matching of every layer and image at once, on points that all masks of an image share.
+
+    class_logits (L, B, Q, C+1), mask_logits (L, B, Q, h, w), labels (B, H, W), present: list of B class lists, points (B, P)
+    -> list of (layer, image, query, class). A point on IGNORE has no say in the cost."""
+    from scipy.optimize import linear_sum_assignment
+    layers, batch, queries = class_logits.shape[:3]
+    most = max(1, max(map(len, present)))
+    ids = torch.full((batch, most), IGNORE + 1, dtype=torch.int64)       # padded with a class that no pixel has
+    for b, classes in enumerate(present):
+        ids[b, :len(classes)] = torch.tensor(classes, dtype=torch.int64)
+    ids = ids.to(labels.device)
+    at = labels.flatten(1).gather(1, points)
+    valid = (at != IGNORE).float()                                                                          # (B, P)
+    target = (at[:, None] == ids[:, :, None]).float()                                                       # (B, K, P)
+    logits = sample(mask_logits.float().flatten(0, 1), points.repeat(layers, 1), labels.shape[-2:]).unflatten(0, (layers, batch))
+    count = valid.sum(-1).clamp(min=1).view(1, batch, 1, 1)
+    # BCE of a mask x against a target t is softplus(x) - x t: one product per pair instead of a P-vector per pair
+    bce = ((F.softplus(logits) * valid[:, None]).sum(-1, keepdim=True) - torch.einsum("lbqp,bkp->lbqk", logits, target)) / count
+    p = logits.sigmoid() * valid[:, None]
+    dice = 1 - (2 * torch.einsum("lbqp,bkp->lbqk", p, target) + 1) / (p.sum(-1, keepdim=True) + target.sum(-1)[None, :, None] + 1)
+    known = ids.clamp(max=class_logits.shape[-1] - 1)
+    likely = class_logits.float().softmax(-1).gather(3, known[None, :, None].expand(layers, -1, queries, -1))
+    cost = (MASK_WEIGHT * bce + DICE_WEIGHT * dice - CLASS_WEIGHT * likely).cpu().numpy()                    # one transfer for all layers
+    matched = []
+    for layer in range(layers):
+        for b, classes in enumerate(present):
+            for q, k in zip(*linear_sum_assignment(cost[layer, b, :, :len(classes)])):
+                matched.append((layer, b, int(q), classes[k]))
+    return matched
+
+
+def mask_loss(class_logits, mask_logits, labels, n_points, generator, ignore=True):
+    """The loss of paper eq. 1, for source labels and pseudo-labels alike (3.3: "the same as the source loss").
+
+    class_logits (L, B, Q, C+1), mask_logits (L, B, Q, h, w), labels int64 (B, H, W) with IGNORE; one mask per class that is present
+    ignore=True: a pixel of IGNORE takes no part in matching and mask losses, and an image of nothing else teaches nothing.
+    ignore=False, as the official code: it is background of every mask, and such an image teaches "no object".
+    -> scalar loss, {"class", "mask", "dice"}: each summed over the L layers, as floats"""
+    layers, batch, queries, n_classes = class_logits.shape
+    height, width = labels.shape[-2:]
+    area = torch.zeros(batch, IGNORE + 1, dtype=torch.int64, device=labels.device).scatter_add_(1, labels.flatten(1), torch.ones_like(labels).flatten(1)).cpu()
+    present = [[c for c in range(n_classes - 1) if counts[c]] for counts in area.tolist()]
+    teaches = torch.tensor([bool(p) or not ignore for p in present], device=labels.device)
+    if not ignore:
+        labels = torch.where(labels == IGNORE, IGNORE + 2, labels)       # a class of its own that nothing asks for: a negative everywhere
+
+    def random_points(*shape):
+        return torch.randint(height * width, shape, generator=generator).to(labels.device)
+    matched = match(class_logits, mask_logits, labels, present, random_points(batch, n_points))
+
+    wanted = torch.full((layers, batch, queries), n_classes - 1, dtype=torch.int64)
+    index = torch.tensor(matched, dtype=torch.int64).reshape(-1, 4).T
+    wanted[index[0], index[1], index[2]] = index[3]
+    wanted, index = wanted.to(labels.device), index.to(labels.device)
+    weight = torch.ones(n_classes, device=labels.device)
+    weight[-1] = NO_OBJECT
+    weights = weight[wanted] * teaches[None, :, None]
+    log_p = class_logits.float().log_softmax(-1).gather(3, wanted[..., None])[..., 0]
+    class_loss = -((log_p * weights).sum((1, 2)) / weights.sum((1, 2)).clamp(min=1e-6)).sum()
+    if not matched:
+        return CLASS_WEIGHT * class_loss + 0 * mask_logits.sum(), dict.fromkeys(("mask", "dice"), 0.) | {"class": class_loss.item()}
+
+    layer, image, query, cls = index
+    masks = mask_logits[layer, image, query].float()[:, None]                                                # (M, 1, h, w)
+    truth = labels.flatten(1)
+    with torch.no_grad():                                                # importance sampling: most points where the mask is least sure
+        candidates = random_points(len(cls), OVERSAMPLE * n_points)
+        doubt = -sample(masks, candidates, (height, width))[:, 0].abs()
+        doubt[truth[image[:, None], candidates] == IGNORE] = -torch.inf
+        n_important = int(IMPORTANT * n_points)
+        best = doubt.topk(n_important, 1, sorted=False).indices
+        flat = torch.cat((candidates.gather(1, best), random_points(len(cls), n_points - n_important)), 1)
+        at = truth[image[:, None], flat]
+        valid, target = (at != IGNORE).float(), (at == cls[:, None]).float()
+    logits = sample(masks, flat, (height, width))[:, 0]
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    bce = (bce * valid).sum(1) / valid.sum(1).clamp(min=1)
+    p = logits.sigmoid() * valid
+    dice = 1 - (2 * (p * target).sum(1) + 1) / (p.sum(1) + target.sum(1) + 1)
+    n_masks = len(matched) / layers                                      # of source and generated images together, as the official code
+    bce, dice = bce.sum() / n_masks, dice.sum() / n_masks
+    loss = CLASS_WEIGHT * class_loss + MASK_WEIGHT * bce + DICE_WEIGHT * dice
+    return loss, {"class": class_loss.item(), "mask": bce.item(), "dice": dice.item()}
+
+
+# ============================================================================ the model: optimiser and checkpoints
+def make_optimizer(modules, lr, weight_decay):
+    """AdamW over everything that trains. Norms and embeddings do not decay (Mask2Former)."""
+    decay, free = [], []
+    for module in (m for top in modules for m in top.modules()):
+        still = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.Embedding))
+        (free if still else decay).extend(p for p in module.parameters(recurse=False) if p.requires_grad)
+    everything = {p for top in modules for p in top.parameters() if p.requires_grad}
+    assert len(decay) + len(free) == len(everything), f"expected {len(everything)} parameters in the optimiser, got {len(decay) + len(free)}"
+    return torch.optim.AdamW([{"params": decay, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.}], lr=lr)
+
+
+def set_learning_rate(optimizer, lr, step, total, warmup, schedule):
+    """Linear warm-up, then "constant" or "poly" (power 0.9 to zero)."""
+    now = lr * min(1., (step + 1) / max(1, warmup)) * ((1 - step / total) ** .9 if schedule == "poly" else 1.)
+    for group in optimizer.param_groups:
+        group["lr"] = now
+
+
+def seeded(*address):
+    """A torch generator for the address (seed, step, ...), on the CPU: the same points on every device."""
+    return torch.Generator().manual_seed(int(randomness(*address).integers(2 ** 62)))
+
+
+def save_model(path, encoder, decoder, **about):
+    """A finished network in one safetensors file that explains itself: encoder name, decoder sizes, classes, `about` (constants, iteration, ...)."""
+    from safetensors.torch import save_file
+    tensors = {f"decoder.{k}": v.detach().cpu().contiguous() for k, v in decoder.state_dict().items()}
+    if not encoder.frozen:
+        tensors |= {f"encoder.{k}": v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    about = {"encoder": encoder.name, "decoder": decoder.sizes, "classes": CLASSES, "preset": PRESET, **about}
+    with whole(path) as part:
+        save_file(tensors, part, metadata={"about": json.dumps(about)})
+
+
+def load_model(path, encoder=None):
+    """-> encoder, decoder (both in eval mode), about. An encoder that is already loaded is used again if the file was trained on it. Raises Stop."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["about"])
+            tensors = {k: file.get_tensor(k) for k in file.keys()}
+    except (SafetensorError, OSError, KeyError, ValueError) as problem:
+        raise Stop(f"{path} cannot be read as a checkpoint of this repo ({type(problem).__name__}: {problem}): make it again, or name another") from None
+    if about["classes"] != CLASSES:
+        raise Stop(f"{path} was trained on {len(about['classes'])} other classes ({', '.join(about['classes'][:4])}, ...), this preset has "
+                   f"{len(CLASSES)} ({', '.join(CLASSES[:4])}, ...): set PRESET={about['preset']}")
+    own = {k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")}
+    if own or encoder is None or encoder.name != about["encoder"] or not encoder.frozen:
+        encoder = Encoder(about["encoder"], frozen=not own)
+        if own:
+            encoder.load_state_dict(own)
+    decoder = Decoder(**about["decoder"])
+    decoder.load_state_dict({k.removeprefix("decoder."): v for k, v in tensors.items() if k.startswith("decoder.")})
+    return encoder.eval(), decoder.eval(), about
