@@ -1,0 +1,120 @@
+"""
+03_train_source: train a mask decoder on frozen CLIP features with labelled source images only (paper 3.1).
+
+    in    SOURCE                                      labelled images of one domain: a data set's name or folder:PATH
+    out   RUN/03_train_source/model.safetensors       theta_0, which labels the first painted scenes in 04; preview.png
+    time  toy: see README; paper: 40,000 steps on one GPU (not run here)
+
+The encoder E is a CNN tower of CLIP and stays frozen: training is cheaper, and features that have seen the whole web are not bent
+towards one video game. Only the decoder D learns, by Mask2Former's loss: each layer's queries are matched to the classes that are in
+the image; matched queries learn class and mask, the others learn "no object". Augmentation: scale, crop, colour jitter, flip.
+
+Healthy if the loss falls in the first hundred steps and the previews' second column begins to look like the third."""
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+import common
+from common import CLASSES, DATA, RUN, Stop, preset
+
+# ---------------------------------------------------------------------------- constants
+SOURCE = preset(toy=f"folder:{DATA}/toy/game_train", gta="gta", synthia="synthia", cityscapes="cityscapes")
+OUT = f"{RUN}/03_train_source"
+ENCODER = preset(toy="local-dir:tests/toy/weights/clip", paper="convnext_large_d_320/laion2b_s29b_b131k_ft_soup")   # also RN50-quickgelu/openai, RN101-quickgelu/openai
+FREEZE_ENCODER = True                             # False: Table 5's trainable encoder
+DIM = preset(toy=64, paper=256)                   # width of the decoder
+QUERIES = preset(toy=24, paper=100)
+LAYERS = preset(toy=3, paper=6)                   # Mask2Former: 9, with a feed-forward of 2,048
+HIDDEN = preset(toy=128, paper=512)
+ITERATIONS = preset(toy=600, gta=40_000, synthia=30_000, cityscapes=10_000)         # paper 4.1; official Cityscapes warm-up: 5,000
+BATCH = preset(toy=16, paper=8)                   # paper 4.1
+LR = preset(toy=1.5e-3, paper=1e-5, cityscapes=1e-4)                                # paper 4.1
+SCHEDULE = preset(toy="poly", paper="constant", synthia="poly")                     # official; the paper does not say
+WARMUP = preset(toy=50, paper=0)                  # steps
+WEIGHT_DECAY = 0.05                               # paper 4.1
+GRAD_CLIP = preset(toy=1.0, paper=0.01)           # global norm; 0.01 is Mask2Former's
+CROP = preset(toy=(128, 256), paper=(768, 768))   # rows, columns; paper 4.1
+SCALE = preset(toy=(0.75, 1.5), paper=(0.5, 2.0)) # paper 4.1
+POINTS = preset(toy=1024, paper=12_544)           # points a mask in the losses: Mask2Former's 112 x 112
+SEED = 0
+WORKERS = preset(toy=1, paper=8)                  # threads that read and augment
+LOG_EVERY = preset(toy=20, paper=50)
+SAVE_EVERY = preset(toy=100, paper=1_000)
+
+
+def preview(path, encoder, decoder, batches, device):
+    """image | prediction | truth of a few source crops."""
+    images, labels = batches
+    guess = common.predict(encoder, decoder.eval(), images.to(device)).argmax(1).to(torch.uint8).cpu().numpy()
+    decoder.train()
+    rows = [np.concatenate([x.permute(1, 2, 0).numpy(), common.colourise(p), common.colourise(y.numpy().astype(np.uint8))], 1) for x, p, y in zip(images, guess, labels)]
+    with common.whole(path) as part:
+        Image.fromarray(np.concatenate(rows)).save(part, "PNG")
+
+
+def main():
+    run = common.Run(globals(), "model.safetensors")
+    if run.finished():
+        return
+    if BATCH < 1 or ITERATIONS < 1:
+        raise Stop(f"BATCH={BATCH}, ITERATIONS={ITERATIONS}: both must be at least 1")
+    common.toy_data(SOURCE)
+    source = common.pairs(SOURCE, "train")
+    encoder = common.Encoder(ENCODER, FREEZE_ENCODER)
+    device = common.device()
+    torch.manual_seed(SEED)
+    decoder = common.Decoder(encoder.channels, len(CLASSES), DIM, QUERIES, LAYERS, HIDDEN)
+    encoder.to(device), decoder.to(device)
+    trained = [decoder] if FREEZE_ENCODER else [decoder, encoder]
+    optimizer = common.make_optimizer(trained, LR, WEIGHT_DECAY)
+    run.start()
+    assert not FREEZE_ENCODER or not any(p.requires_grad for p in encoder.parameters()), "expected a frozen encoder (paper 3.1), got gradients"
+
+    saved = {"decoder": decoder, "optimizer": optimizer, **({} if FREEZE_ENCODER else {"encoder": encoder})}
+    checkpoint = Path(OUT) / "checkpoint.pt"
+    state, first = common.load_checkpoint(checkpoint), 0
+    if state:
+        for name, thing in saved.items():
+            thing.load_state_dict(state[name])
+        first = state["step"]
+        print(f"goes on from step {first}")
+    run.rewind(first)
+    print(f"{len(source)} labelled images, {BATCH} a step, {ITERATIONS} steps = {ITERATIONS * BATCH / len(source):.1f} epochs; "
+          f"{sum(p.numel() for m in trained for p in m.parameters()) / 1e6:.2f} M of {sum(p.numel() for m in (encoder, decoder) for p in m.parameters()) / 1e6:.2f} M parameters train; on {device}")
+
+    def batch(step):
+        return common.source_batch(source, SOURCE, step, BATCH, SEED, CROP, SCALE, encoder.fill)
+
+    since, sums = time.time(), []
+    for step, (images, labels) in zip(range(first, ITERATIONS), common.ahead(batch, range(first, ITERATIONS), WORKERS)):
+        common.set_learning_rate(optimizer, LR, step, ITERATIONS, WARMUP, SCHEDULE)
+        classes, masks = decoder(encoder(images.to(device)))                                    # D(E(x)), before the first layer and after each
+        loss, terms = common.mask_loss(classes, masks, labels.to(device), POINTS, common.seeded(SEED, step, 5))      # eq. 1
+        if not torch.isfinite(loss):
+            names = [str(source[common.shuffled(len(source), SEED, step * BATCH + i)][0]) for i in range(BATCH)]
+            raise Stop(f"step {step}: the loss is {loss.item()}; the last good checkpoint is {checkpoint}. Files: {', '.join(names)}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for m in trained for p in m.parameters()], GRAD_CLIP)
+        optimizer.step()
+
+        sums.append({"loss": loss.item(), **terms})
+        done = step + 1
+        if done % LOG_EVERY == 0 or done == ITERATIONS:
+            pace = (time.time() - since) / len(sums)
+            run.log(step=done, **{k: float(np.mean([s[k] for s in sums])) for k in sums[0]}, seconds=pace, minutes_left=round(pace * (ITERATIONS - done) / 60, 1), gb=common.peak_memory())
+            since, sums = time.time(), []
+        if done % SAVE_EVERY == 0 and done < ITERATIONS:
+            common.save_checkpoint(checkpoint, {"step": done, **{name: thing.state_dict() for name, thing in saved.items()}})
+    preview(Path(OUT) / "preview.png", encoder.eval(), decoder, tuple(x[:4] for x in batch(ITERATIONS)), device)
+    run.finish()
+    common.save_model(run.result, encoder, decoder, iteration=ITERATIONS, seed=SEED, stage="03_train_source", constants=run.constants)      # last: its presence means finished
+    checkpoint.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    common.launch(globals())
