@@ -1,0 +1,104 @@
+"""Reading: id maps, layouts as downloaded, augmentation that keeps image and label together."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+from common import IGNORE
+
+
+@pytest.fixture
+def nineteen(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "CLASSES", list(common.CITYSCAPES_CLASSES))
+    monkeypatch.setattr(common, "DATA", str(tmp_path))
+
+    def put(path, array, mode=None):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(np.asarray(array, np.uint8))
+        if mode == "P":
+            image.putpalette(list(range(256)) * 3)
+        image.save(tmp_path / path)
+    return put
+
+
+@pytest.mark.parametrize("name, image, label", [
+    ("gta", "gta/images/00001.png", "gta/labels/00001.png"), ("cityscapes", "cityscapes/leftImg8bit/val/bonn/bonn_0_leftImg8bit.png", "cityscapes/gtFine/val/bonn/bonn_0_gtFine_labelIds.png"),
+    ("acdc_fog", "acdc/rgb_anon/fog/val/GOPR1/a_rgb_anon.png", "acdc/gt/fog/val/GOPR1/a_gt_labelTrainIds.png"), ("bdd", "bdd100k/images/10k/val/a.jpg", "bdd100k/labels/sem_seg/masks/val/a.png"),
+    ("mapillary", "mapillary/validation/images/a.jpg", "mapillary/validation/labels/a.png")])
+def test_each_layout_is_read_as_downloaded(nineteen, name, image, label):
+    nineteen(image, np.zeros((2, 3, 3)))
+    ids = {"gta": [[7, 26, 34], [0, 33, 24]], "cityscapes": [[7, 26, 29], [0, 33, 24]], "mapillary": [[13, 55, 0], [24, 52, 19]]}.get(name, [[0, 13, 255], [255, 18, 11]])
+    nineteen(label, ids, "P" if name in ("gta", "mapillary") else None)
+    (found_image, found_label), = common.pairs(name, "val")
+    truth = common.read_label(found_label, name, (3, 2))
+    expected = [[0, 13, IGNORE], [0, 18, 11]] if name == "mapillary" else [[0, 13, IGNORE], [IGNORE, 18, 11]]
+    assert str(found_image).endswith(image) and truth.tolist() == expected
+
+
+def test_synthia_labels_are_sixteen_bit_and_the_class_is_the_first_channel(nineteen, tmp_path):
+    from torchvision.io import write_png
+    nineteen("synthia/RGB/0000000.png", np.zeros((1, 3, 3)))
+    (tmp_path / "synthia/GT/LABELS").mkdir(parents=True)
+    import struct, zlib
+    pixels = [(3, 700, 0), (8, 1, 0), (22, 0, 0)]                                  # road, car, lane marking (not a class)
+    raw = b"\0" + b"".join(struct.pack(">HHH", *p) for p in pixels)
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    (tmp_path / "synthia/GT/LABELS/0000000.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 3, 1, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
+    (_, label), = common.pairs("synthia", "train")
+    assert common.read_label(label, "synthia", (3, 1)).tolist() == [[0, 13, IGNORE]]
+
+
+def test_the_id_maps_name_nineteen_classes():
+    assert sorted(common.CITYSCAPES_IDS.values()) == list(range(19)) and sorted(set(common.MAPILLARY_IDS.values())) == list(range(19)) and sorted(common.SYNTHIA_IDS.values()) == list(range(19))
+
+
+def test_crops_keep_image_and_label_together():
+    random = np.random.default_rng(0)
+    label = random.integers(0, 12, (4, 8)).astype(np.uint8).repeat(16, 0).repeat(16, 1)
+    image = Image.fromarray(np.stack([label * 20] * 3, -1))
+    plain, common.colour_jitter = common.colour_jitter, lambda x, _: x
+    try:
+        for seed in range(20):
+            x, y = common.scale_and_crop(image, label, np.random.default_rng(seed), (48, 64), (.5, 2.), (7, 8, 9))
+            inside = y != IGNORE
+            assert x.shape == (3, 48, 64) and y.shape == (48, 64)
+            assert ((x[0].float() - y * 20).abs()[inside] < 10).float().mean() > .7          # equal but for the blended borders of blocks
+            assert (x[:, ~inside] == torch.tensor((7, 8, 9))[:, None]).all()
+    finally:
+        common.colour_jitter = plain
+
+
+def test_crop_offsets_of_rows_and_columns_are_drawn_apart():
+    y, x = np.indices((64, 64))
+    image = Image.fromarray(np.stack((y, x, x), -1).astype(np.uint8))
+    plain, common.colour_jitter = common.colour_jitter, lambda i, _: i
+    try:
+        corners = [common.scale_and_crop(image, np.zeros((64, 64), np.uint8), np.random.default_rng(s), (16, 16), (1., 1.), (0, 0, 0))[0][:2, 0, 0].tolist() for s in range(40)]
+    finally:
+        common.colour_jitter = plain
+    assert abs(np.corrcoef(np.array(corners).T)[0, 1]) < .6                        # the official code shares one number: correlation 1
+
+
+def test_a_batch_depends_on_its_address_only(folder):
+    images = {str(i): np.random.default_rng(i).integers(0, 255, (40, 50, 3)) for i in range(5)}
+    found = common.pairs(folder(images, {k: np.zeros((40, 50)) for k in images}), "train")
+    batch = lambda step: common.source_batch(found, "folder:x", step, 3, 0, (32, 32), (.5, 2.), (0, 0, 0))[0]
+    direct = batch(4)
+    assert torch.equal(direct, list(common.ahead(batch, range(6), 2))[4]) and not torch.equal(direct, batch(5))
+
+
+def test_an_epoch_shows_everything_once():
+    seen = [common.shuffled(7, 3, i) for i in range(21)]
+    assert sorted(seen[:7]) == sorted(seen[7:14]) == list(range(7)) and seen[:7] != seen[7:14]
+
+
+def test_grey_palette_and_turned_pictures_become_upright_rgb(tmp_path):
+    for mode in ("L", "P", "RGBA", "I;16"):
+        Image.new(mode, (4, 2)).save(tmp_path / "a.png")
+        assert common.read_image(tmp_path / "a.png").mode == "RGB"
+    turned = Image.new("RGB", (4, 2))
+    exif = turned.getexif()
+    exif[274] = 6
+    turned.save(tmp_path / "b.jpg", exif=exif)
+    assert common.read_image(tmp_path / "b.jpg").size == (2, 4)
