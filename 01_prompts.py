@@ -132,6 +132,8 @@ def load_llm(name):
                                             "  Without any: write RUN/01_prompts/prompts.txt by hand, one prompt a line, and go on with 02"):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
+        disable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         device = common.device()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).to(device).eval()

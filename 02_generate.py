@@ -42,7 +42,8 @@ def load_pipeline(name):
         import torch
         from diffusers import AutoPipelineForText2Image, EulerDiscreteScheduler
         from diffusers.utils import logging
-        logging.set_verbosity_error()
+        from transformers.utils.logging import disable_progress_bar
+        logging.set_verbosity_error(), logging.disable_progress_bar(), disable_progress_bar()
         device = common.device()
         pipe = AutoPipelineForText2Image.from_pretrained(folder, dtype=torch.float16 if device.type == "cuda" else torch.float32,
                                                          safety_checker=None, requires_safety_checker=False, low_cpu_mem_usage=False)

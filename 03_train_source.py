@@ -76,12 +76,7 @@ def main():
 
     saved = {"decoder": decoder, "optimizer": optimizer, **({} if FREEZE_ENCODER else {"encoder": encoder})}
     checkpoint = Path(OUT) / "checkpoint.pt"
-    state, first = common.load_checkpoint(checkpoint), 0
-    if state:
-        for name, thing in saved.items():
-            thing.load_state_dict(state[name])
-        first = state["step"]
-        print(f"goes on from step {first}")
+    first = common.resume(checkpoint, saved)
     run.rewind(first)
     print(f"{len(source)} labelled images, {BATCH} a step, {ITERATIONS} steps = {ITERATIONS * BATCH / len(source):.1f} epochs; "
           f"{sum(p.numel() for m in trained for p in m.parameters()) / 1e6:.2f} M of {sum(p.numel() for m in (encoder, decoder) for p in m.parameters()) / 1e6:.2f} M parameters train; on {device}")

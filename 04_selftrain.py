@@ -332,12 +332,7 @@ def main():
 
     saved = {"student": student, "teacher": teacher, "optimizer": optimizer, **({} if FREEZE_ENCODER else {"encoder": encoder, "teacher_encoder": teacher_encoder})}
     checkpoint = Path(OUT) / "checkpoint.pt"
-    state, first = common.load_checkpoint(checkpoint), 0
-    if state:
-        for name, thing in saved.items():
-            thing.load_state_dict(state[name])
-        first = state["step"]
-        print(f"goes on from step {first}")
+    first = common.resume(checkpoint, saved)
     run.rewind(first)
     print(f"{len(source)} labelled, {len(painted)} painted images; {N_SOURCE} + {N_GENERATED} a step; "
           f"{sum(p.numel() for m in trained for p in m.parameters()) / 1e6:.2f} M parameters train; on {device}")
@@ -345,7 +340,7 @@ def main():
     def batch(step):
         return common.source_batch(source, SOURCE, step, N_SOURCE, SEED, CROP, SCALE, encoder.fill), generated_batch(painted, step) if N_GENERATED else None
 
-    def label(clean, names, *address):
+    def pseudo_label(clean, names, *address):
         """Steps 1 and 2: the teacher's label of clean painted images, and SAM's redrawing -> uint8, int64 (n, H, W), prompts"""
         rough = common.predict(teacher_encoder, teacher, clean.to(device)).argmax(1).to(torch.uint8).cpu().numpy()     # 1. p = D_T(E(x))
         if not use_sam:
@@ -359,7 +354,7 @@ def main():
         numbers = {}
         if drawn:
             clean, seen, flips, names = drawn
-            rough, redrawn, prompts = label(clean, names, step)
+            rough, redrawn, prompts = pseudo_label(clean, names, step)
             known, rough = redrawn != IGNORE, torch.from_numpy(rough.astype(np.int64)).to(device)
             numbers = {"labelled": known.float().mean().item(), "changed": ((rough != redrawn) & known).sum().item() / max(1, known.sum().item()), "prompts": len(prompts) / len(clean)}
             flips = flips.to(device)
@@ -387,7 +382,7 @@ def main():
         if done % SAVE_EVERY == 0 and done < ITERATIONS:
             common.save_checkpoint(checkpoint, {"step": done, **{name: thing.state_dict() for name, thing in saved.items()}})
         if painted and (done % PREVIEW_EVERY == 0 or done == ITERATIONS):
-            rough, redrawn, prompts = label(shown, [p.name for p in painted[:4]], 0)
+            rough, redrawn, prompts = pseudo_label(shown, [p.name for p in painted[:4]], 0)
             guess = common.predict(encoder.eval(), student.eval(), shown.to(device)).argmax(1).to(torch.uint8).cpu().numpy()
             encoder.train(), student.train()
             preview(Path(OUT) / f"preview_{done:06d}.png", shown,

@@ -199,9 +199,9 @@ def main():
         for target, found in targets.items():
             kept, start = folder / f"{show(target)}_{len(found)}.npz", time.time()
             try:
-                with np.load(kept) as file_:
-                    matrix = file_["matrix"]
-                    looks = [tuple(file_[f"{part}_{k}"] for part in ("image", "truth", "prediction")) for k in range(int(file_["looks"]))]
+                with np.load(kept) as arrays:
+                    matrix = arrays["matrix"]
+                    looks = [tuple(arrays[f"{what}_{k}"] for what in ("image", "truth", "prediction")) for k in range(int(arrays["looks"]))]
             except (OSError, ValueError, KeyError):
                 matrix, looks = score(encoder, decoder, target, found, device)
                 with common.whole(kept) as part, open(part, "wb") as out:

@@ -111,9 +111,10 @@ def steady_cpu():
         libc = ctypes.CDLL("libc.so.6")
         for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):          # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             libc.mallopt(option, value)
-    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    torch.use_deterministic_algorithms(not torch.cuda.is_available())      # on a GPU grid_sample's and interpolate's gradients have no such version
 
 
+@lru_cache(1)
 def device():
     """The one GPU, or the CPU. A paper preset without a GPU is allowed and warned about."""
     if torch.cuda.is_available():
@@ -155,6 +156,17 @@ def write_json(path, value):
 def save_checkpoint(path, state):
     with whole(path) as part:
         torch.save(state, part)
+
+
+def resume(path, saved):
+    """Load {name: module or optimiser} from a checkpoint, if there is one -> the step to go on from."""
+    state = load_checkpoint(path)
+    if state is None:
+        return 0
+    for name, thing in saved.items():
+        thing.load_state_dict(state[name])
+    print(f"goes on from step {state['step']}")
+    return state["step"]
 
 
 def load_checkpoint(path):

@@ -15,15 +15,15 @@ def open_clip_folder(folder):
     config = {"embed_dim": 16, "vision_cfg": {"timm_model_name": "convnext_atto", "timm_model_pretrained": False, "timm_pool": "", "timm_proj": "mlp", "timm_drop_path": .1, "image_size": 64},
               "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}}
     folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [.1, .2, .3], "std": [.4, .5, .6]}}))
-    save_file(open_clip.CLIP(**config).state_dict() if "timm" not in str(config) else open_clip.model.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [.1, .2, .4], "std": [.4, .5, .6]}}))
+    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
 
 
 def timm_folder(folder):
     import timm
     from safetensors.torch import save_file
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"architecture": "resnet18", "num_classes": 5, "pretrained_cfg": {"num_classes": 5, "mean": [.1, .2, .3], "std": [.4, .5, .6]}}))
+    (folder / "config.json").write_text(json.dumps({"architecture": "resnet18", "num_classes": 5, "pretrained_cfg": {"num_classes": 5, "mean": [.1, .2, .4], "std": [.4, .5, .6]}}))
     save_file(timm.create_model("resnet18", num_classes=5).state_dict(), folder / "model.safetensors")
 
 
@@ -43,7 +43,7 @@ def test_an_encoder_of_each_library_gives_four_maps_and_stays_frozen(tmp_path, m
     assert not any(m.training for m in encoder.modules()) and not any(f.requires_grad for f in features)
     assert all(torch.equal(a, b) for a, b in zip(features, encoder(images)))        # no DropPath, no moving statistics
     if make is not segformer_folder:
-        assert encoder.fill == (26, 51, 76)
+        assert encoder.fill == (26, 51, 102)
 
 
 def test_the_trainable_encoder_gets_gradients():

@@ -246,7 +246,7 @@ def mask_prompts(label, instance, random, n, n_points, wrong=.1):
 def sam(minutes):
     """Promptable masks in segment_anything's own classes, on a 256 x 256 canvas of two scenes one above the other (so no half is wasted).
 
-    Loss as SAM: of three masks the best one learns (BCE + dice), and the predicted IoU follows the true IoU of each."""
+    Loss as SAM: of three masks the best one learns (BCE, inside and outside weighted alike, + dice), and the predicted IoU follows the true IoU of each."""
     import importlib
     from safetensors.torch import save_file
     selftrain = importlib.import_module("04_selftrain")
@@ -266,7 +266,7 @@ def sam(minutes):
         canvas, masks, points = [], [], []
         for b in range(batch):
             pair = random.integers(0, len(jobs), 2)
-            pixels = np.concatenate([images[i][:, ::random.choice((-1, 1))] if False else images[i] for i in pair])
+            pixels = np.concatenate([images[i] for i in pair])
             if random.random() < .3:
                 pixels = pixels.copy()
                 pixels[128:] = 0
@@ -285,13 +285,14 @@ def sam(minutes):
         truth = F.avg_pool2d(torch.from_numpy(np.concatenate(masks)).float()[:, None], 2)[:, 0]              # (B P, 128, 128)
         with torch.autocast("cpu", torch.bfloat16):
             embedding = model.image_encoder(x)
-        logits, scores = selftrain.sam_decode(model, embedding.float(), torch.arange(batch).repeat_interleave(prompts), torch.from_numpy(np.concatenate(points)).float())
-        target = truth[:, None].expand_as(logits)
-        bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((2, 3))
+            logits, scores = selftrain.sam_decode(model, embedding.float(), torch.arange(batch).repeat_interleave(prompts), torch.from_numpy(np.concatenate(points)).float())
+        logits, scores, target = logits.float(), scores.float(), truth[:, None].expand_as(logits)
+        bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        inside = target.sum((2, 3)).clamp(min=1)                            # inside and outside weigh the same: a plain mean ends in empty masks
+        bce = ((bce * target).sum((2, 3)) / inside + (bce * (1 - target)).sum((2, 3)) / (1 - target).sum((2, 3)).clamp(min=1)) / 2
         p = logits.sigmoid()
         dice = 1 - (2 * (p * target).sum((2, 3)) + 1) / (p.sum((2, 3)) + target.sum((2, 3)) + 1)
-        area = truth.mean((1, 2)).clamp(min=.002)
-        cost = bce / area.sqrt()[:, None] + dice
+        cost = bce + dice
         with torch.no_grad():
             hard, true = logits > 0, target > .5
             iou = (hard & true).sum((2, 3)) / (hard | true).sum((2, 3)).clamp(min=1)
