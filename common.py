@@ -558,25 +558,31 @@ class Encoder(nn.Module):
             if kind == "timm" or "architecture" in config:
                 import timm
                 self.body = timm.create_model(f"local-dir:{folder}" if folder else rest, pretrained=True, features_only=True, out_indices=(-4, -3, -2, -1))
-                self.maps, self.channels = self.body, list(self.body.feature_info.channels())
+                self.library, self.channels = "timm", list(self.body.feature_info.channels())
                 mean, std = self.body.pretrained_cfg["mean"], self.body.pretrained_cfg["std"]
             elif kind == "transformers" or config.get("model_type") == "segformer":
                 from transformers import SegformerModel
                 self.body = SegformerModel.from_pretrained(folder or rest)
-                self.maps, self.channels = lambda x: self.body(x, output_hidden_states=True).hidden_states, list(self.body.config.hidden_sizes)
+                self.library, self.channels = "transformers", list(self.body.config.hidden_sizes)
                 mean, std = (.485, .456, .406), (.229, .224, .225)
             else:
                 import open_clip
                 model, _, tag = name.rpartition("/")
                 clip = open_clip.create_model(f"local-dir:{folder}" if folder else model, pretrained=None if folder else tag, require_pretrained=True)
-                self.body = clip.visual                                 # the text tower is never used: the official method does not either
-                self.maps = lambda x: self.body.forward_intermediates(x, indices=4, intermediates_only=True)["image_intermediates"]
+                self.library, self.body = "open_clip", clip.visual      # the text tower is never used: the official method does not either
                 mean, std = self.body.preprocess_cfg["mean"], self.body.preprocess_cfg["std"]
                 with torch.no_grad():
                     self.channels = [f.shape[1] for f in self.maps(torch.zeros(1, 3, 64, 64))]
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(not frozen).train(not frozen)
+
+    def maps(self, x):
+        if self.library == "timm":
+            return self.body(x)
+        if self.library == "transformers":
+            return self.body(x, output_hidden_states=True).hidden_states
+        return self.body.forward_intermediates(x, indices=4, intermediates_only=True)["image_intermediates"]
 
     @property
     def fill(self):

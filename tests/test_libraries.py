@@ -52,6 +52,17 @@ def test_the_trainable_encoder_gets_gradients():
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in encoder.parameters())
 
 
+def test_a_copied_encoder_is_its_own(tmp_path):
+    import copy
+    student = common.Encoder("local-dir:tests/toy/weights/clip", frozen=False).eval()
+    teacher, images = copy.deepcopy(student), torch.randint(0, 255, (1, 3, 32, 64), dtype=torch.uint8)
+    before = teacher(images)[0]
+    with torch.no_grad():
+        for p in student.parameters():
+            p.zero_()
+    assert torch.equal(teacher(images)[0], before) and not torch.equal(student(images)[0], before)
+
+
 def test_prompts_of_several_images_in_one_pass_equal_segment_anythings_own_decoder():
     stage = fresh("04_selftrain")
     sam = stage.load_sam("tests/toy/weights/sam")
