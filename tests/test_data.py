@@ -49,6 +49,13 @@ def test_synthia_labels_are_sixteen_bit_and_the_class_is_the_first_channel(ninet
     assert common.read_label(label, "synthia", (3, 1)).tolist() == [[0, 13, IGNORE]]
 
 
+def test_the_gta_pairs_of_unequal_size_are_left_out(nineteen):
+    for number in (15187, 15188, 20801, 20860, 20861):
+        for kind in ("images", "labels"):
+            nineteen(f"gta/{kind}/{number:05d}.png", np.zeros((2, 3)))
+    assert [image.stem for image, _ in common.pairs("gta", "train")] == ["15187", "20861"] and len(common.GTA_MISMATCHED) == 62
+
+
 def test_the_id_maps_name_nineteen_classes():
     assert sorted(common.CITYSCAPES_IDS.values()) == list(range(19)) and sorted(set(common.MAPILLARY_IDS.values())) == list(range(19)) and sorted(common.SYNTHIA_IDS.values()) == list(range(19))
 
