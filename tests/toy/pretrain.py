@@ -246,7 +246,7 @@ def mask_prompts(label, instance, random, n, n_points, wrong=.1):
 def sam(minutes):
     """Promptable masks in segment_anything's own classes, on a 256 x 256 canvas of two scenes one above the other (so no half is wasted).
 
-    Loss as SAM: of three masks the best one learns (BCE, inside and outside weighted alike, + dice), and the predicted IoU follows the true IoU of each."""
+    Loss as SAM: of three masks the best one learns (BCE, inside and outside weighted apart, + dice), and the predicted IoU follows the true IoU of each."""
     import importlib
     from safetensors.torch import save_file
     selftrain = importlib.import_module("04_selftrain")
@@ -288,8 +288,9 @@ def sam(minutes):
             logits, scores = selftrain.sam_decode(model, embedding.float(), torch.arange(batch).repeat_interleave(prompts), torch.from_numpy(np.concatenate(points)).float())
         logits, scores, target = logits.float(), scores.float(), truth[:, None].expand_as(logits)
         bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        inside = target.sum((2, 3)).clamp(min=1)                            # inside and outside weigh the same: a plain mean ends in empty masks
-        bce = ((bce * target).sum((2, 3)) / inside + (bce * (1 - target)).sum((2, 3)) / (1 - target).sum((2, 3)).clamp(min=1)) / 2
+        inside, outside = target.sum((2, 3)).clamp(min=1), (1 - target).sum((2, 3)).clamp(min=1)
+        share = 4 + 1000 * max(0., 1 - step / 1000)                         # first both sides of the border weigh the same (a plain mean ends in empty masks),
+        bce = ((bce * target).sum((2, 3)) / inside + (bce * (1 - target)).sum((2, 3)) / torch.minimum(outside, share * inside)) / 2      # later small things must not spill over
         p = logits.sigmoid()
         dice = 1 - (2 * (p * target).sum((2, 3)) + 1) / (p.sum((2, 3)) + target.sum((2, 3)) + 1)
         cost = bce + dice
