@@ -26,6 +26,7 @@ SOURCE = preset(toy=f"folder:{DATA}/toy/game_train", gta="gta", synthia="synthia
 OUT = f"{RUN}/03_train_source"
 ENCODER = preset(toy="local-dir:tests/toy/weights/clip", paper="convnext_large_d_320/laion2b_s29b_b131k_ft_soup")   # also RN50-quickgelu/openai, RN101-quickgelu/openai
 FREEZE_ENCODER = True                             # False: Table 5's trainable encoder
+ENCODER_LR = 0.1                                  # times LR, if the encoder trains (official)
 DIM = preset(toy=64, paper=256)                   # width of the decoder
 QUERIES = preset(toy=24, paper=100)
 LAYERS = preset(toy=3, paper=6)                   # Mask2Former: 9, with a feed-forward of 2,048
@@ -70,7 +71,7 @@ def main():
     decoder = common.Decoder(encoder.channels, len(CLASSES), DIM, QUERIES, LAYERS, HIDDEN)
     encoder.to(device), decoder.to(device)
     trained = [decoder] if FREEZE_ENCODER else [decoder, encoder]
-    optimizer = common.make_optimizer(trained, LR, WEIGHT_DECAY)
+    optimizer = common.make_optimizer(decoder, WEIGHT_DECAY, None if FREEZE_ENCODER else encoder, ENCODER_LR)
     run.start()
     assert not FREEZE_ENCODER or not any(p.requires_grad for p in encoder.parameters()), "expected a frozen encoder (paper 3.1), got gradients"
 

@@ -38,7 +38,8 @@ GENERATED = f"{RUN}/02_generate/index.jsonl"
 SOURCE = preset(toy=f"folder:{DATA}/toy/game_train", gta="gta", synthia="synthia", cityscapes="cityscapes")
 OUT = f"{RUN}/04_selftrain"
 ENCODER = ""                                       # "" = the one that INIT was trained on; any other name must be the same one
-FREEZE_ENCODER = True                              # False: Table 5's trainable encoder (official: its learning rate is a tenth)
+FREEZE_ENCODER = True                              # False: Table 5's trainable encoder
+ENCODER_LR = 0.1                                   # times LR, if the encoder trains (official)
 ITERATIONS = preset(toy=400, gta=40_000, synthia=30_000, cityscapes=10_000)         # paper 4.1
 N_SOURCE = preset(toy=8, paper=6)                  # labelled images a step
 N_GENERATED = preset(toy=8, paper=2)               # painted images a step (official: random, 2.3 of 8 on average). 0 = source only, same steps
@@ -324,7 +325,7 @@ def main():
     teacher = copy.deepcopy(student).eval().requires_grad_(False)                           # theta_T <- theta <- theta_0
     teacher_encoder = encoder if FREEZE_ENCODER else copy.deepcopy(encoder).eval().requires_grad_(False)
     trained = [student] if FREEZE_ENCODER else [student, encoder]
-    optimizer = common.make_optimizer(trained, LR, WEIGHT_DECAY)
+    optimizer = common.make_optimizer(student, WEIGHT_DECAY, None if FREEZE_ENCODER else encoder, ENCODER_LR)
     run.start()
     sam = load_sam(SAM).to(device) if use_sam else None
     embedding_of = Embeddings(sam, SAM, Path(GENERATED).parent) if use_sam else None

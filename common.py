@@ -816,22 +816,23 @@ def mask_loss(class_logits, mask_logits, labels, n_points, generator, ignore=Tru
 
 
 # ============================================================================ the model: optimiser and checkpoints
-def make_optimizer(modules, lr, weight_decay):
-    """AdamW over everything that trains. Norms and embeddings do not decay (Mask2Former)."""
-    decay, free = [], []
-    for module in (m for top in modules for m in top.modules()):
-        still = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.Embedding))
-        (free if still else decay).extend(p for p in module.parameters(recurse=False) if p.requires_grad)
-    everything = {p for top in modules for p in top.parameters() if p.requires_grad}
-    assert len(decay) + len(free) == len(everything), f"expected {len(everything)} parameters in the optimiser, got {len(decay) + len(free)}"
-    return torch.optim.AdamW([{"params": decay, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.}], lr=lr)
+def make_optimizer(decoder, weight_decay, encoder=None, encoder_lr=1.):
+    """AdamW over everything that trains: the decoder, and the encoder if it is given, at `encoder_lr` times the rate. Norms and embeddings do not decay (Mask2Former)."""
+    groups, still = [], (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.Embedding)
+    for top, factor in ((decoder, 1.), (encoder, encoder_lr)):
+        for decays in (True, False):
+            found = [p for module in (top.modules() if top else ()) if isinstance(module, still) != decays for p in module.parameters(recurse=False) if p.requires_grad]
+            if found:
+                groups.append({"params": found, "weight_decay": weight_decay if decays else 0., "factor": factor})
+    wanted, got = sum(p.requires_grad for top in (decoder, encoder) if top for p in top.parameters()), sum(len(g["params"]) for g in groups)
+    assert wanted == got, f"expected {wanted} parameters in the optimiser, got {got}"
+    return torch.optim.AdamW(groups)
 
 
 def set_learning_rate(optimizer, lr, step, total, warmup, schedule):
     """Linear warm-up, then "constant" or "poly" (power 0.9 to zero)."""
-    now = lr * min(1., (step + 1) / max(1, warmup)) * ((1 - step / total) ** .9 if schedule == "poly" else 1.)
     for group in optimizer.param_groups:
-        group["lr"] = now
+        group["lr"] = lr * group["factor"] * min(1., (step + 1) / max(1, warmup)) * ((1 - step / total) ** .9 if schedule == "poly" else 1.)
 
 
 def seeded(*address):

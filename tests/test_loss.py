@@ -137,7 +137,7 @@ def test_attention_equals_torchs_own_and_obeys_the_mask():
 
 def test_norms_and_embeddings_do_not_decay():
     decoder = common.Decoder([8, 8, 8, 8], 3, 16, 4, 1, 16)
-    decayed, free = common.make_optimizer([decoder], 1e-3, .05).param_groups
+    decayed, free = common.make_optimizer(decoder, .05).param_groups
     assert decayed["weight_decay"] == .05 and free["weight_decay"] == 0
     assert any(p is decoder.query.weight for p in free["params"]) and any(p is decoder.norm.weight for p in free["params"])
     assert any(p is decoder.class_head.bias for p in decayed["params"])
@@ -152,3 +152,11 @@ def test_a_saved_network_explains_itself(finished):
     assert not any(module.training for module in encoder.modules())               # frozen stays in eval mode
     odd = torch.randint(0, 255, (1, 3, 45, 71), dtype=torch.uint8)
     assert common.predict(encoder, decoder, odd).shape == (1, 12, 45, 71)
+
+
+def test_a_trainable_encoder_learns_at_its_share_of_the_rate():
+    optimizer = common.make_optimizer(torch.nn.Linear(1, 1), .05, torch.nn.Linear(1, 1), .1)
+    common.set_learning_rate(optimizer, 1., 49, 100, 10, "constant")
+    assert [g["lr"] for g in optimizer.param_groups] == [1., .1]
+    common.set_learning_rate(optimizer, 1., 4, 100, 10, "poly")
+    assert abs(optimizer.param_groups[0]["lr"] - .5 * .96 ** .9) < 1e-9
