@@ -25,8 +25,8 @@ from common import CLASSES, RUN, SYNONYMS, Stop, preset
 LLM = preset(toy="tests/toy/weights/llm", paper="meta-llama/Llama-2-70b-chat-hf")    # any chat model does; -7b and -13b fit one GPU
 OUT = f"{RUN}/01_prompts"
 N_PROMPTS = preset(toy=60, paper=100)             # paper 3.2
-TEMPERATURE = 0.7                                 # lower repeats itself, higher forgets the template
-TOP_P = 0.95
+TEMPERATURE = preset(toy=1.0, paper=0.7)          # lower repeats itself, higher forgets the template
+TOP_P = preset(toy=1.0, paper=0.95)               # below 1 the miniature never says "the sky": a rare word is cut off, however often it is asked for
 NEW_TOKENS = preset(toy=400, paper=3_000)         # a list of 100 lines has about 2,000
 TRIES = 60                                        # answers at most; then it says what was missing
 SEED = 0
