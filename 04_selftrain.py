@@ -40,7 +40,7 @@ OUT = f"{RUN}/04_selftrain"
 ENCODER = ""                                       # "" = the one that INIT was trained on; any other name must be the same one
 FREEZE_ENCODER = True                              # False: Table 5's trainable encoder
 ENCODER_LR = 0.1                                   # times LR, if the encoder trains (official)
-ITERATIONS = preset(toy=400, gta=40_000, synthia=30_000, cityscapes=10_000)         # paper 4.1
+ITERATIONS = preset(toy=300, gta=40_000, synthia=30_000, cityscapes=10_000)         # paper 4.1
 N_SOURCE = preset(toy=8, paper=6)                  # labelled images a step
 N_GENERATED = preset(toy=8, paper=2)               # painted images a step (official: random, 2.3 of 8 on average). 0 = source only, same steps
 LR = preset(toy=5e-4, paper=1e-5, cityscapes=1e-4) # paper 4.1

@@ -422,6 +422,8 @@ def diffusion(minutes):
     unet.to(memory_format=torch.contiguous_format)
     StableDiffusionPipeline(vae=vae.half(), text_encoder=text.half(), tokenizer=tokenizer, unet=unet.half(), scheduler=EulerDiscreteScheduler(**settings, steps_offset=1),
                             safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+    for config in folder.glob("*/config.json"):                            # the library notes where a part came from: a path of this machine
+        common.write_json(config, {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"})
     keep_log(folder, minutes, rows)
 
 
