@@ -60,7 +60,7 @@ CROP = preset(toy=(128, 256), paper=(768, 768))    # rows, columns; painted imag
 SCALE = preset(toy=(0.75, 1.5), paper=(0.5, 2.0))  # source images only
 POINTS = preset(toy=1024, paper=12_544)            # points a mask in the losses: Mask2Former's 112 x 112
 SEED = 0
-WORKERS = preset(toy=1, paper=8)
+WORKERS = preset(toy=0, paper=8)
 LOG_EVERY = preset(toy=20, paper=50)
 SAVE_EVERY = preset(toy=100, paper=1_000)
 PREVIEW_EVERY = preset(toy=200, paper=2_000)

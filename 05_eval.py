@@ -38,7 +38,7 @@ PROTOCOL = "native"                               # | "clouds"
 SHORT_SIDE = preset(toy=0, paper=1024)            # pictures are resized to this short side before the network (official); 0 = as they are
 SCORED = preset(toy=tuple(CLASSES), paper=tuple(CLASSES), synthia=tuple(c for c in CLASSES if c not in ("terrain", "truck", "train")))    # SYNTHIA has 16 of the 19
 PANELS = 3                                        # pictures a target in panels/
-WORKERS = preset(toy=1, paper=4)
+WORKERS = preset(toy=0, paper=4)
 
 
 # ---------------------------------------------------------------------------- scoring

@@ -518,8 +518,11 @@ def source_batch(found, name, step, n, seed, crop, scale, fill):
 
 
 def ahead(make, steps, workers):
-    """Yield make(step) for every step, in order, made ahead of time by threads."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    """Yield make(step) for every step, in order, made ahead of time by threads; workers = 0 makes each when it is wanted."""
+    if not workers:
+        yield from map(make, steps)
+        return
+    with ThreadPoolExecutor(workers) as pool:
         queue = deque()
         try:
             for step in steps:
@@ -579,6 +582,8 @@ class Encoder(nn.Module):
                     self.channels = [f.shape[1] for f in self.maps(torch.zeros(1, 3, 64, 64))]
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        if not torch.cuda.is_available() and self.library != "transformers":
+            self.body.to(memory_format=torch.channels_last)             # a quarter faster on a CPU
         self.requires_grad_(not frozen).train(not frozen)
 
     def maps(self, x):
