@@ -25,8 +25,9 @@ SMALL = {"01_prompts": ["--N_PROMPTS=14"], "02_generate": ["--N_IMAGES=6", "--ST
 
 
 def script(name, *arguments, run, data, **more):
-    """The real script in a process of its own -> CompletedProcess."""
-    return subprocess.run([sys.executable, ROOT / f"{name}.py", *arguments], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "RUN": str(run), "DATA": str(data), **more})
+    """The real script in a process of its own -> CompletedProcess. more: environment variables, None = not set."""
+    environment = {k: v for k, v in {**os.environ, "RUN": str(run), "DATA": str(data), **more}.items() if v is not None}
+    return subprocess.run([sys.executable, ROOT / f"{name}.py", *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 def fresh(name):

@@ -84,7 +84,7 @@ def test_a_checkpoint_that_is_none_or_of_other_classes(say, finished, tmp_path):
     assert "cannot be read as a checkpoint" in say("05_eval", f"--CHECKPOINTS={bad}")
     about = {"encoder": "x", "decoder": {}, "classes": ["dog", "cat"], "preset": "pets"}
     save_file({"decoder.x": torch.zeros(1)}, bad, metadata={"about": json.dumps(about)})
-    line = say("05_eval", f"--CHECKPOINTS={bad}")
+    line = say("05_eval", f"--CHECKPOINTS={bad}", run=tmp_path / "another")
     assert "other classes (dog, cat" in line and "PRESET=pets" in line
 
 
@@ -102,7 +102,7 @@ def test_missing_weights_are_named_at_once(say, finished, tmp_path):
 
 def test_without_a_network_the_hub_is_not_retried(data, tmp_path):
     start = time.time()
-    done = script("03_train_source", "--ENCODER=RN50-quickgelu/openai", run=tmp_path, data=data, HF_HUB_OFFLINE="0", HF_ENDPOINT="https://127.0.0.1:9")
+    done = script("03_train_source", "--ENCODER=RN50-quickgelu/openai", run=tmp_path, data=data, HF_HUB_OFFLINE=None, HF_ENDPOINT="https://127.0.0.1:9")
     assert done.returncode == 1 and "could not be loaded" in done.stderr and "Traceback" not in done.stderr
     assert time.time() - start < 40                                                # the hub's client alone would try for 46 s
 
