@@ -56,6 +56,7 @@ REAL = dict(road=[(.28, .28, .28), (.40, .39, .38), (.48, .46, .45), (.34, .31, 
             skin=[(.80, .62, .50), (.50, .35, .27), (.36, .26, .20), (.70, .50, .40)],
             sign=[(.82, .15, .15), (.15, .25, .62), (.86, .76, .20), (.86, .86, .86), (.10, .46, .26)],
             bicycle=[(.10, .10, .10), (.42, .10, .10), (.30, .30, .36), (.10, .25, .30)])
+GAME_SKIES = [(.45, .68, .95), (.62, .78, .95), (.82, .85, .88), (.64, .68, .72), (.92, .78, .62)]      # blue, pale, white, grey, evening: a game has weather too, but no night
 
 
 class Street:
@@ -417,8 +418,8 @@ def weather(street, style, sunny):
     up = (row / HEIGHT)[..., None]
 
     if style == "game":
-        blue = np.array((.45, .68, .95)) * (1 - .2 * up) + .15 * up
-        return np.where(sky, blue, colour) * (1 + random.normal(0, .02)), label, instance
+        air = np.array(GAME_SKIES[random.integers(len(GAME_SKIES))]) * (1 - .2 * up) + .15 * up
+        return np.where(sky, air, colour) * (1 + random.normal(0, .02)), label, instance
 
     surface = colour * np.clip(1 + uniform(.5, 1.1) * rough * (.06 * noise(random, 0) + .05 * noise(random, 1))[..., None], .4, 1.7)
     standing = ((label >= PERSON) | (label == POLE)).astype(np.float32)    # a soft shadow where things meet the ground
