@@ -86,7 +86,7 @@ def parse(line, table):
     return f"a photo of {x} in {z}", named
 
 
-def parse_synonyms(answer, name):
+def parse_synonyms(answer):
     """The usable lines of an answer: one to three plain words that are no other class's name, at most five."""
     found = []
     for line in answer.splitlines():
@@ -181,7 +181,7 @@ def main():
             return text, cut
         return before[turn]["answer"], before[turn]["cut"]
 
-    synonyms = {name: parse_synonyms(ask(turn, synonym_request(name))[0], name) for turn, name in enumerate(CLASSES)}
+    synonyms = {name: parse_synonyms(ask(turn, synonym_request(name))[0]) for turn, name in enumerate(CLASSES)}
     common.write_json(Path(OUT) / "synonyms.json", synonyms)
     found = Collector(N_PROMPTS, word_table(SYNONYMS, synonyms))
     for turn in range(len(CLASSES), len(CLASSES) + TRIES):

@@ -10,7 +10,6 @@ towards one video game. Only the decoder D learns, by Mask2Former's loss: each l
 the image; matched queries learn class and mask, the others learn "no object". Augmentation: scale, crop, colour jitter, flip.
 
 Healthy if the loss falls in the first hundred steps and the previews' second column begins to look like the third."""
-import time
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +84,6 @@ def main():
     def batch(step):
         return common.source_batch(source, SOURCE, step, BATCH, SEED, CROP, SCALE, encoder.fill)
 
-    since, sums = time.time(), []
     for step, (images, labels) in zip(range(first, ITERATIONS), common.ahead(batch, range(first, ITERATIONS), WORKERS)):
         common.set_learning_rate(optimizer, LR, step, ITERATIONS, WARMUP, SCHEDULE)
         classes, masks = decoder(encoder(images.to(device)))                                    # D(E(x)), before the first layer and after each
@@ -98,12 +96,8 @@ def main():
         nn.utils.clip_grad_norm_([p for m in trained for p in m.parameters()], GRAD_CLIP)
         optimizer.step()
 
-        sums.append({"loss": loss.item(), **terms})
         done = step + 1
-        if done % LOG_EVERY == 0 or done == ITERATIONS:
-            pace = (time.time() - since) / len(sums)
-            run.log(step=done, **{k: float(np.mean([s[k] for s in sums])) for k in sums[0]}, seconds=pace, minutes_left=round(pace * (ITERATIONS - done) / 60, 1), gb=common.peak_memory())
-            since, sums = time.time(), []
+        run.progress(done, ITERATIONS, LOG_EVERY, {"loss": loss.item(), **terms})
         if done % SAVE_EVERY == 0 and done < ITERATIONS:
             common.save_checkpoint(checkpoint, {"step": done, **{name: thing.state_dict() for name, thing in saved.items()}})
     preview(Path(OUT) / "preview.png", encoder.eval(), decoder, tuple(x[:4] for x in batch(ITERATIONS)), device)

@@ -19,7 +19,6 @@ third column of the previews looks better than the second.
 """
 import copy
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -350,7 +349,6 @@ def main():
         return rough, *refine(sam, embeddings, rough, [common.randomness(SEED, *address, i, 4) for i in range(len(clean))])   # 2.
 
     shown = torch.stack([to_crop(path) for path in painted[:4]]) if painted else None
-    since, sums = time.time(), []
     for step, ((images, labels), drawn) in zip(range(first, ITERATIONS), common.ahead(batch, range(first, ITERATIONS), WORKERS)):
         numbers = {}
         if drawn:
@@ -374,12 +372,8 @@ def main():
             if not FREEZE_ENCODER:
                 ema_update(teacher_encoder, encoder, EMA)
 
-        sums.append({"loss": loss.item(), **terms, **numbers})
         done = step + 1
-        if done % LOG_EVERY == 0 or done == ITERATIONS:
-            pace = (time.time() - since) / len(sums)
-            run.log(step=done, **{k: float(np.mean([s[k] for s in sums])) for k in sums[0]}, seconds=pace, minutes_left=round(pace * (ITERATIONS - done) / 60, 1), gb=common.peak_memory())
-            since, sums = time.time(), []
+        run.progress(done, ITERATIONS, LOG_EVERY, {"loss": loss.item(), **terms, **numbers})
         if done % SAVE_EVERY == 0 and done < ITERATIONS:
             common.save_checkpoint(checkpoint, {"step": done, **{name: thing.state_dict() for name, thing in saved.items()}})
         if painted and (done % PREVIEW_EVERY == 0 or done == ITERATIONS):

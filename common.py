@@ -126,8 +126,8 @@ def device():
 
 
 def need(*wanted):
-    """Ask for everything before anything is touched. wanted: (path or glob result, what gives it). One message names all that is missing."""
-    missing = [f"no {path}\n  {how}" for path, how in wanted if not (path and Path(path).exists())]
+    """Ask for everything before anything is touched. wanted: (path, what gives it). One message names all that is missing."""
+    missing = [f"no {path}\n  {how}" for path, how in wanted if not Path(path).exists()]
     if missing:
         raise Stop("\n".join(missing))
 
@@ -228,7 +228,8 @@ class Run:
         write_json(self.out / "run.json", self.info)
 
     def rewind(self, step):
-        """Forget what was logged after the step that the run goes on from."""
+        """Begin to train at this step: forget what was logged after it."""
+        self.since, self.sums = time.time(), []
         log = self.out / "log.jsonl"
         if log.exists():
             lines = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line).get("step", 0) <= step]
@@ -240,6 +241,14 @@ class Run:
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(rounded) + "\n")
         print(" | ".join(f"{k} {v}" for k, v in rounded.items()), flush=True)
+
+    def progress(self, done, total, every, numbers):
+        """Take the numbers of a step; every so many steps log their means, the pace and the time left."""
+        self.sums.append(numbers)
+        if done % every == 0 or done == total:
+            pace = (time.time() - self.since) / len(self.sums)
+            self.log(step=done, **{k: float(np.mean([s[k] for s in self.sums])) for k in numbers}, seconds=pace, minutes_left=round(pace * (total - done) / 60, 1), gb=peak_memory())
+            self.since, self.sums = time.time(), []
 
     def finish(self, **numbers):
         self.info.update(wall_seconds=round(self.info.get("wall_seconds", 0) + time.time() - self.started, 1), peak_memory_gb=peak_memory(), **numbers)

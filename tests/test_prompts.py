@@ -46,7 +46,7 @@ def test_repeats_and_the_cut_last_line_are_dropped():
 
 def test_synonyms_are_short_plain_words_from_a_list():
     answer = "Here are some words:\n1. pedestrian\n2. \"walker\"\n3. a person who is walking down a street\n- car\n4. pedestrian"
-    assert stage.parse_synonyms(answer, "person") == ["pedestrian", "walker"]
+    assert stage.parse_synonyms(answer) == ["pedestrian", "walker"]
 
 
 def test_a_class_that_the_llm_never_names_does_not_hold_its_place_for_ever():
