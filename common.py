@@ -779,7 +779,8 @@ def mask_loss(class_logits, mask_logits, labels, n_points, generator, ignore=Tru
     """The loss of paper eq. 1, for source labels and pseudo-labels alike (3.3: "the same as the source loss").
 
     class_logits (L, B, Q, C+1), mask_logits (L, B, Q, h, w), labels int64 (B, H, W) with IGNORE; one mask per class that is present
-    ignore=True: a pixel of IGNORE takes no part in matching and mask losses, and an image of nothing else teaches nothing.
+    ignore=True: a pixel of IGNORE takes no part in matching and mask losses, an image of nothing else teaches nothing, and an unmatched
+    query that lies mostly on IGNORE is not taught "no object": nobody knows what is there.
     ignore=False, as the official code: it is background of every mask, and such an image teaches "no object".
     -> scalar loss, {"class", "mask", "dice"}: each summed over the L layers, as floats"""
     layers, batch, queries, n_classes = class_logits.shape
@@ -801,6 +802,12 @@ def mask_loss(class_logits, mask_logits, labels, n_points, generator, ignore=Tru
     weight = torch.ones(n_classes, device=labels.device)
     weight[-1] = NO_OBJECT
     weights = weight[wanted] * teaches[None, :, None]
+    if ignore and area[:, IGNORE].any():
+        with torch.no_grad():
+            unknown = F.interpolate((labels == IGNORE).float()[:, None], mask_logits.shape[-2:], mode="nearest")[:, 0]
+            inside = (mask_logits > 0).float()
+            hidden = torch.einsum("lbqhw,bhw->lbq", inside, unknown) > .5 * inside.sum((3, 4))
+            weights = weights * ~(hidden & (wanted == n_classes - 1))
     log_p = class_logits.float().log_softmax(-1).gather(3, wanted[..., None])[..., 0]
     class_loss = -((log_p * weights).sum((1, 2)) / weights.sum((1, 2)).clamp(min=1e-6)).sum()
     if not matched:

@@ -78,6 +78,20 @@ def test_an_image_of_nothing_but_ignore_teaches_nothing():
     assert terms["class"] > 0                                                      # official: teaches "no object"
 
 
+def test_a_query_that_lies_on_ignored_pixels_is_not_taught_no_object():
+    label = LABEL.clone()
+    label[8:] = IGNORE
+    c, m = logits_for(LABEL, [2, 0, 1], 5, 2.)
+    m[0, 0, 3, :8] = 2.                                                            # query 3 draws known pixels, query 4 unknown ones
+    m[0, 0, 4, 8:] = 2.
+    c.requires_grad_()
+    loss_of(c, m, label)[0].backward()
+    assert c.grad[0, 0, 3].abs().max() > 0 and c.grad[0, 0, 4].abs().max() == 0
+    c.grad = None
+    loss_of(c, m, label, ignore=False)[0].backward()                               # official: whatever nobody claims is no object
+    assert c.grad[0, 0, 4].abs().max() > 0
+
+
 def test_an_ignored_image_beside_a_labelled_one_leaves_its_loss_alone():
     c, m = logits_for(LABEL, [2, 0, 1], 5, 2.)
     alone = common.mask_loss(c, m, LABEL[None], 4096, common.seeded(0))[1]
