@@ -1,4 +1,7 @@
 """01's parser on what LLMs really write."""
+import json
+from pathlib import Path
+
 import pytest
 
 from common import CLASSES, SYNONYMS
@@ -59,3 +62,14 @@ def test_a_class_that_the_llm_never_names_does_not_hold_its_place_for_ever():
 def test_a_weak_llms_synonym_can_not_rename_a_class():
     table = stage.word_table(SYNONYMS, {"road": ["railing", "boulevard"], "sky": ["car"]})
     assert table["railing"] == "fence" and table["car"] == "car" and table["boulevards"] == "road"
+
+
+def test_what_a_real_small_llm_wrote():
+    """Eight recorded answers of SmolLM2-135M-Instruct to the request of 01: of 140 lines ten are usable."""
+    found = stage.Collector(60, TABLE)
+    found.fair = False
+    for line in (Path(__file__).parent / "smollm2.jsonl").read_text().splitlines():
+        found.add(**json.loads(line))
+    kept = list(found.kept)
+    assert len(kept) == 10 and kept[0] == "a photo of a person standing in front of a building" and kept[-1] == "a photo of a person in a city street with a vibrant green roof with a bright sky"
+    assert dict(found.dropped) == {"not 'a photo of X in Z'": 99, "repeated": 15, "no class in X": 10, "cut off": 6}
