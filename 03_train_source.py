@@ -30,7 +30,7 @@ DIM = preset(toy=64, paper=256)                   # width of the decoder
 QUERIES = preset(toy=24, paper=100)
 LAYERS = preset(toy=3, paper=6)                   # Mask2Former: 9, with a feed-forward of 2,048
 HIDDEN = preset(toy=128, paper=512)
-ITERATIONS = preset(toy=500, gta=40_000, synthia=30_000, cityscapes=10_000)         # paper 4.1; official Cityscapes warm-up: 5,000
+ITERATIONS = preset(toy=600, gta=40_000, synthia=30_000, cityscapes=10_000)         # paper 4.1; official Cityscapes warm-up: 5,000
 BATCH = preset(toy=16, paper=8)                   # paper 4.1
 LR = preset(toy=1.5e-3, paper=1e-5, cityscapes=1e-4)                                # paper 4.1
 SCHEDULE = preset(toy="poly", paper="constant", synthia="poly")                     # official; the paper does not say
@@ -39,7 +39,7 @@ WEIGHT_DECAY = 0.05                               # paper 4.1
 GRAD_CLIP = preset(toy=1.0, paper=0.01)           # global norm; 0.01 is Mask2Former's
 CROP = preset(toy=(128, 256), paper=(768, 768))   # rows, columns; paper 4.1
 SCALE = preset(toy=(0.75, 1.5), paper=(0.5, 2.0)) # paper 4.1
-POINTS = preset(toy=1024, paper=12_544)           # points a mask in the losses: Mask2Former's 112 x 112
+POINTS = preset(toy=512, paper=12_544)           # points a mask in the losses: Mask2Former's 112 x 112
 SEED = 0
 WORKERS = preset(toy=0, paper=8)                  # threads that read and augment; on two cores a third thread only disturbs
 LOG_EVERY = preset(toy=20, paper=50)

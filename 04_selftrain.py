@@ -39,9 +39,9 @@ OUT = f"{RUN}/04_selftrain"
 ENCODER = ""                                       # "" = the one that INIT was trained on; any other name must be the same one
 FREEZE_ENCODER = True                              # False: Table 5's trainable encoder
 ENCODER_LR = 0.1                                   # times LR, if the encoder trains (official)
-ITERATIONS = preset(toy=300, gta=40_000, synthia=30_000, cityscapes=10_000)         # paper 4.1
+ITERATIONS = preset(toy=200, gta=40_000, synthia=30_000, cityscapes=10_000)         # paper 4.1
 N_SOURCE = preset(toy=8, paper=6)                  # labelled images a step
-N_GENERATED = preset(toy=8, paper=2)               # painted images a step (official: random, 2.3 of 8 on average). 0 = source only, same steps
+N_GENERATED = preset(toy=4, paper=2)               # painted images a step (official: random, 2.3 of 8 on average). 0 = source only, same steps
 LR = preset(toy=5e-4, paper=1e-5, cityscapes=1e-4) # paper 4.1
 SCHEDULE = preset(toy="poly", paper="constant", synthia="poly")                     # official; the paper does not say
 WARMUP = preset(toy=20, paper=0)                   # steps
@@ -57,7 +57,7 @@ SAM_CHUNK = 64                                     # prompts a decoder pass: mem
 UNLABELLED = "ignore"                              # paper: must not teach | "negative": background of every mask, as the official code has it
 CROP = preset(toy=(128, 256), paper=(768, 768))    # rows, columns; painted images are brought to it whole
 SCALE = preset(toy=(0.75, 1.5), paper=(0.5, 2.0))  # source images only
-POINTS = preset(toy=1024, paper=12_544)            # points a mask in the losses: Mask2Former's 112 x 112
+POINTS = preset(toy=512, paper=12_544)            # points a mask in the losses: Mask2Former's 112 x 112
 SEED = 0
 WORKERS = preset(toy=0, paper=8)
 LOG_EVERY = preset(toy=20, paper=50)
@@ -67,7 +67,9 @@ PREVIEW_EVERY = preset(toy=200, paper=2_000)
 
 # ---------------------------------------------------------------------------- SAM
 class ConvEncoder(nn.Module):
-    """A small residual CNN in the place of SAM's ViT, as MobileSAM has it: what the miniature's folder asks for. (B, 3, S, S) -> (B, out, S/8, S/8)"""
+    """A small residual CNN in the place of SAM's ViT, as MobileSAM has a small one: what the miniature's folder asks for.
+
+    (B, 3, H, W), multiples of 16 -> (B, out, H/8, W/8). It sees the picture without the padding to a square."""
 
     def __init__(self, widths, blocks, out, img_size):
         super().__init__()
@@ -128,22 +130,26 @@ def load_sam(name):
 
 @torch.no_grad()
 def sam_encode(sam, image):
-    """uint8 (3, H, W) RGB, clean -> embedding (1, D, g, g). It never changes for an image: it is kept on disk."""
+    """uint8 (3, H, W) RGB, clean -> embedding (1, D, g, g), the miniature's without the padding's rows. It never changes for an image: it is kept on disk."""
     from segment_anything.utils.transforms import ResizeLongestSide
     pixels = ResizeLongestSide(sam.image_encoder.img_size).apply_image(image.permute(1, 2, 0).numpy())
-    return sam.image_encoder(sam.preprocess(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float().to(sam.device)))
+    square = sam.preprocess(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float().to(sam.device))
+    if isinstance(sam.image_encoder, ConvEncoder):
+        square = square[..., :-(-pixels.shape[0] // 16) * 16, :-(-pixels.shape[1] // 16) * 16]
+    return sam.image_encoder(square)
 
 
 def sam_decode(sam, embeddings, which, points):
     """Prompts of several images in one pass (segment_anything's own decoder takes one image at a time).
 
-    embeddings (n, D, g, g), which (M,) image of each prompt, points (M, P, 2) as (x, y) in the resized image, all positive
-    -> mask logits (M, 3, 4g, 4g), predicted IoU (M, 3)"""
+    embeddings (n, D, h, w), which (M,) image of each prompt, points (M, P, 2) as (x, y) in the resized image, all positive
+    -> mask logits (M, 3, 4h, 4w), predicted IoU (M, 3)"""
+    height, width = embeddings.shape[-2:]
     sparse, dense = sam.prompt_encoder(points=(points, torch.ones(points.shape[:2], device=points.device)), boxes=None, masks=None)
     decoder = sam.mask_decoder
     own = torch.cat((decoder.iou_token.weight, decoder.mask_tokens.weight))[None].expand(len(points), -1, -1)
-    source = embeddings[which] + dense
-    code = sam.prompt_encoder.get_dense_pe().expand(len(points), -1, -1, -1)
+    source = embeddings[which] + dense[..., :height, :width]
+    code = sam.prompt_encoder.get_dense_pe()[..., :height, :width].expand(len(points), -1, -1, -1)
     tokens, pixels = decoder.transformer(source, code, torch.cat((own, sparse), 1))
     pixels = decoder.output_upscaling(pixels.transpose(1, 2).reshape(source.shape))
     weights = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1)
@@ -200,13 +206,26 @@ def random_points(piece, area, keep, n, random):
     return np.stack((x, y), -1).astype(np.float32)
 
 
+def sam_masks(sam, embeddings, which, points, shape):
+    """The mask that SAM rates highest for every prompt, at the size of the picture.
+
+    embeddings (n, D, g, g), which int64 (M,) image of each prompt, points float32 (M, P, 2) as (x, y) in pixels of `shape` (H, W) -> bool (M, H, W)"""
+    size = sam.image_encoder.img_size
+    scale = size / max(shape)
+    logits, scores = sam_decode(sam, embeddings, which, points * scale)
+    best = logits[torch.arange(len(which)), scores.argmax(1)][:, None]                      # of three masks one, and up-sampled only now
+    side = 4 * sam.prompt_encoder.image_embedding_size[0]
+    best = F.pad(best, (0, side - best.shape[-1], 0, side - best.shape[-2]))                # postprocess_masks expects the whole square
+    return sam.postprocess_masks(best, (int(shape[0] * scale + .5), int(shape[1] * scale + .5)), shape)[:, 0] > 0
+
+
 @torch.no_grad()
 def refine(sam, embeddings, labels, random):
     """Redraw the teacher's labels with SAM.
 
     embeddings (n, D, g, g), labels uint8 (n, H, W) numpy, random: one generator an image
     -> int64 (n, H, W): IGNORE where no mask reached or two different classes met; the prompts [(image, class, points (P, 2))]"""
-    shape, size = labels.shape[-2:], sam.image_encoder.img_size
+    shape = labels.shape[-2:]
     which, classes, points = [], [], []
     for i, label in enumerate(labels):
         piece, cls, area = components(label)
@@ -215,16 +234,12 @@ def refine(sam, embeddings, labels, random):
         classes += cls[keep].tolist()                        # the class travels with its component: it is never counted back from the masks
         points.append(random_points(piece, area, keep, SAM_POINTS, random[i]))              # "randomly select points within each binary mask"
     points = np.concatenate(points) if points else np.zeros((0, SAM_POINTS, 2), np.float32)
-    scale = size / max(shape)
-    resized = (int(shape[0] * scale + .5), int(shape[1] * scale + .5))
     claimed = torch.zeros(len(labels), len(common.CLASSES), *shape, dtype=torch.bool, device=sam.device)
     teacher = torch.from_numpy(labels.astype(np.int64)).to(sam.device)
     for start in range(0, len(which), SAM_CHUNK):
         part = slice(start, start + SAM_CHUNK)
         image, cls = torch.tensor(which[part], device=sam.device), torch.tensor(classes[part], device=sam.device)
-        logits, scores = sam_decode(sam, embeddings, image, torch.from_numpy(points[part] * scale).to(sam.device))
-        best = logits[torch.arange(len(image)), scores.argmax(1)][:, None]                  # of three masks the one that SAM rates highest
-        masks = sam.postprocess_masks(best, resized, shape)[:, 0] > 0                       # up-sampled only now
+        masks = sam_masks(sam, embeddings, image, torch.from_numpy(points[part]).to(sam.device), shape)
         if REFINE in ("vote", "purity"):
             inside = torch.stack([(masks & (teacher[image] == c)).sum((1, 2)) for c in range(len(common.CLASSES))], 1)
             if REFINE == "vote":
