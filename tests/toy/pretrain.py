@@ -114,7 +114,7 @@ def train(name, modules, loss_of, minutes, lr, weight_decay=.01, ema=None, clip=
         sums.append({"loss": loss.item(), **numbers})
         seconds, since = seconds + time.time() - since, time.time()
         if time.time() - saved > every or seconds >= 60 * minutes:
-            row = {"step": step, "minutes": round(seconds / 60, 1), **{k: round(float(np.mean([s[k] for s in sums])), 4) for k in sums[0]}}
+            row = {"step": step, "minutes": round(seconds / 60, 1), **{k: round(float(np.mean([s[k] for s in sums if k in s])), 4) for k in sums[-1]}}
             rows.append(row)
             print(name, row, flush=True)
             common.save_checkpoint(path, {"model": everything.state_dict(), "optimizer": optimizer.state_dict(), "mean": mean, "step": step, "seconds": seconds, "rows": rows})
@@ -126,8 +126,27 @@ def train(name, modules, loss_of, minutes, lr, weight_decay=.01, ema=None, clip=
 
 
 def keep_log(folder, minutes, rows, **scores):
-    common.write_json(folder / "training.json", {"command": f"OMP_NUM_THREADS={torch.get_num_threads()} python tests/toy/pretrain.py {sys.argv[1]} --minutes={minutes:g}",
+    before = history(folder)
+    common.write_json(folder / "training.json", {**({"before": before} if before else {}),
+                                                 "command": f"OMP_NUM_THREADS={torch.get_num_threads()} python tests/toy/pretrain.py {sys.argv[1]} --minutes={minutes:g}{' --more' if before else ''}",
                                                  "steps": rows[-1]["step"], "minutes": rows[-1]["minutes"], "scores": scores, "log": rows[::max(1, len(rows) // 30)] + rows[-1:]})
+
+
+def go_on(folder, load, file):
+    """With --more, training begins at the shipped weights -> the number of steps that they have had; otherwise 0."""
+    if "--more" not in sys.argv:
+        return 0
+    from safetensors.torch import load_file
+    load({k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / file).items()})
+    return sum(part["steps"] for part in history(folder))
+
+
+def history(folder):
+    """Earlier trainings that the weights have had, first to last: training.json and its `before`."""
+    if "--more" not in sys.argv or not (folder / "training.json").exists():
+        return []
+    last = json.loads((folder / "training.json").read_text())
+    return [*last.get("before", []), {k: last[k] for k in ("command", "steps", "minutes")}]
 
 
 def half(module):
@@ -214,24 +233,24 @@ def clip(minutes):
 
 # ----------------------------------------------------------------------------- SAM
 def mask_prompts(label, instance, random, n, n_points, wrong=.1):
-    """n prompts of a scene: a connected piece of one class (2 of 3) or of one thing -> masks (n, H, W) bool, points (n, n_points, 2) of (x, y).
+    """n prompts of a scene: a connected piece of one class (2 of 3) or of one thing -> masks (n, H, W) bool, points (n, n_points, 2) of (x, y),
+    piece int32 (H, W), the number of the piece at every pixel.
 
     Pieces are drawn class by class, so that poles come as often as roads. A share `wrong` of the points of a prompt lies elsewhere, as a teacher's do."""
-    from scipy.ndimage import label as components
+    import importlib
+    components = importlib.import_module("04_selftrain").components
+    maps = [components(label)]
+    ids, thing = np.unique(instance.astype(np.int64) * 12 + label, return_inverse=True)        # a thing behind a pole is one thing still: no labelling here
+    maps.append((thing.reshape(label.shape), ids % 12, np.bincount(thing.ravel())))
     masks, points = [], []
-    classes = np.unique(label)
     while len(masks) < n:
-        cls = classes[random.integers(len(classes))]
-        field = label == cls
-        if random.random() < 1 / 3:
-            ids = np.unique(instance[field])
-            field = field & (instance == ids[random.integers(len(ids))])
-        pieces, count = components(field)
-        areas = np.bincount(pieces.ravel(), minlength=count + 1)[1:]
-        large = np.flatnonzero(areas >= 30) + 1
+        piece, cls, area = maps[int(random.random() < 1 / 3)]
+        large = np.flatnonzero((area >= 30) & (cls < 12))
         if len(large) == 0:
             continue
-        mask = pieces == large[random.integers(len(large))]
+        classes = np.unique(cls[large])
+        large = large[cls[large] == classes[random.integers(len(classes))]]
+        mask = piece == large[random.integers(len(large))]
         inside = np.flatnonzero(mask)
         chosen = inside[random.integers(len(inside), size=n_points)]
         if n_points >= 5 and random.random() < .5:
@@ -240,83 +259,83 @@ def mask_prompts(label, instance, random, n, n_points, wrong=.1):
             chosen = np.where(stray, random.integers(mask.size, size=n_points), chosen)
         y, x = np.divmod(chosen, mask.shape[1])
         masks.append(mask), points.append(np.stack((x, y), 1))
-    return np.stack(masks), np.stack(points).astype(np.float32)
+    return np.stack(masks), np.stack(points).astype(np.float32), maps[0][0]
+
+
+def same_piece(codes, pieces, random, n=256):
+    """Helper loss of SAM: do two pixels belong to one piece? A distance of their codes answers; both answers weigh the same.
+
+    codes (B, D, h, w), pieces list of B int (h, w). Half of the n pixels of a scene are drawn piece by piece, so that small ones are asked for."""
+    total = 0.
+    for code, piece in zip(codes, pieces):
+        flat, ids = piece.ravel(), np.unique(piece)
+        order = np.argsort(flat, kind="stable")
+        first, count = np.searchsorted(flat[order], ids), np.bincount(flat)[ids]
+        drawn = random.integers(0, len(ids), n // 2)
+        at = np.concatenate((random.integers(0, flat.size, n // 2), order[first[drawn] + (random.random(n // 2) * count[drawn]).astype(np.int64)]))
+        ours = code.flatten(1)[:, torch.from_numpy(at)].float()
+        logits = 2. - torch.cdist(ours.T[None], ours.T[None], compute_mode="donot_use_mm_for_euclid_dist")[0]
+        same = torch.from_numpy(flat[at][:, None] == flat[at][None])
+        total = total + F.softplus(-logits[same]).mean() + F.softplus(logits[~same]).mean()
+    return total / len(codes)
 
 
 def sam(minutes):
-    """Promptable masks in segment_anything's own classes, on a 256 x 256 canvas of two scenes one above the other (so no half is wasted).
+    """Promptable masks in segment_anything's own classes.
 
-    Loss as SAM: of three masks the best one learns (BCE, inside and outside weighted apart, + dice), and the predicted IoU follows the true IoU of each."""
+    Loss as SAM: of three masks the best one learns (BCE, inside and outside weighted apart, + dice), and the predicted IoU follows the true IoU of each.
+    Helper loss (in the place of SAM's MAE pre-training): every cell of the embedding also says which of its pixels belong together, see same_piece.
+    For the first 1,000 steps it is alone."""
     import importlib
     from safetensors.torch import save_file
     selftrain = importlib.import_module("04_selftrain")
     images, labels, instances, jobs = web()
     folder = WEIGHTS / "sam"
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"image_size": 256, "stride": 8, "width": 64, "encoder": [32, 64, 80, 96], "blocks": [0, 2, 3, 3], "mlp_dim": 128, "heads": 4}
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    config = {"image_size": 256, "stride": 8, "width": 128, "encoder": [32, 64, 80, 96], "blocks": [0, 2, 3, 3], "mlp_dim": 128, "heads": 4}
+    common.write_json(folder / "config.json", config)
     torch.manual_seed(0)
     model = selftrain.build_sam(config)
     model.image_encoder.to(memory_format=torch.channels_last)
-    batch, prompts = 4, 10
+    helper = nn.Sequential(nn.Conv2d(config["width"], 16 * 16, 1), nn.PixelShuffle(4))          # 16 numbers at every second pixel
+    nn.init.normal_(helper[0].weight, std=.03)
+    scenes, prompts, alone = 8, 4, 1000
+    begun = go_on(folder, model.load_state_dict, "model.safetensors")
 
     def loss_of(step):
+        step += begun
         random = common.randomness(2, step)
         n_points = (1, 5, 5, 5, 10)[step % 5]
-        canvas, masks, points = [], [], []
-        for b in range(batch):
-            pair = random.integers(0, len(jobs), 2)
-            pixels = np.concatenate([images[i] for i in pair])
-            if random.random() < .3:
-                pixels = pixels.copy()
-                pixels[128:] = 0
-                pair = pair[:1]
-            for k in range(2):
-                i = pair[k % len(pair)]
-                m, p = mask_prompts(labels[i], instances[i], random, prompts // 2, n_points)
-                full = np.zeros((len(m), 256, 256), bool)
-                top = 128 * (k % len(pair))
-                full[:, top:top + 128] = m
-                masks.append(full), points.append(p + (0, top))
-            canvas.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
-        empty = torch.stack([c[:, 128:].sum() == 0 for c in canvas])
-        x = (torch.stack(canvas).float() - model.pixel_mean) / model.pixel_std
-        x[:, :, 128:] *= ~empty[:, None, None, None]                      # what SAM's own preprocess pads is 0 after normalisation
-        truth = F.avg_pool2d(torch.from_numpy(np.concatenate(masks)).float()[:, None], 2)[:, 0]              # (B P, 128, 128)
+        chosen = random.integers(0, len(jobs), scenes)
+        x = (torch.from_numpy(np.stack([images[i] for i in chosen])).permute(0, 3, 1, 2).float() - model.pixel_mean) / model.pixel_std
+        masks, points, pieces = zip(*(mask_prompts(labels[i], instances[i], random, prompts, n_points) for i in chosen))
         with torch.autocast("cpu", torch.bfloat16):
-            embedding = model.image_encoder(x)
-            logits, scores = selftrain.sam_decode(model, embedding.float(), torch.arange(batch).repeat_interleave(prompts), torch.from_numpy(np.concatenate(points)).float())
+            embedding = model.image_encoder(x.contiguous(memory_format=torch.channels_last))
+            codes = helper(embedding)
+        together = same_piece(codes, [piece[::2, ::2] for piece in pieces], random)
+        if step < alone:
+            return together, {"together": together.item()}
+        truth = F.avg_pool2d(torch.from_numpy(np.concatenate(masks)).float()[:, None], 2)[:, 0]              # (M, 64, 128)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, scores = selftrain.sam_decode(model, embedding.float(), torch.arange(scenes).repeat_interleave(prompts), torch.from_numpy(np.concatenate(points)))
         logits, scores, target = logits.float(), scores.float(), truth[:, None].expand_as(logits)
         bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         inside, outside = target.sum((2, 3)).clamp(min=1), (1 - target).sum((2, 3)).clamp(min=1)
-        share = 4 + 1000 * max(0., 1 - step / 1000)                         # first both sides of the border weigh the same (a plain mean ends in empty masks),
+        share = 4 + 1000 * max(0., 1 - (step - alone) / 500)                # first both sides of the border weigh the same (a plain mean ends in empty masks),
         bce = ((bce * target).sum((2, 3)) / inside + (bce * (1 - target)).sum((2, 3)) / torch.minimum(outside, share * inside)) / 2      # later small things must not spill over
         p = logits.sigmoid()
         dice = 1 - (2 * (p * target).sum((2, 3)) + 1) / (p.sum((2, 3)) + target.sum((2, 3)) + 1)
-        cost = bce + dice
+        best = (bce + dice).min(1).values
         with torch.no_grad():
             hard, true = logits > 0, target > .5
             iou = (hard & true).sum((2, 3)) / (hard | true).sum((2, 3)).clamp(min=1)
-        best = cost.min(1).values
         rated = (scores - iou).pow(2).mean()
-        chosen = iou.gather(1, scores.argmax(1, keepdim=True)).mean()
-        return best.mean() + rated, {"rated": rated.item(), "iou": chosen.item(), "iou_best": iou.max(1).values.mean().item(), "points": float(n_points)}
+        return best.mean() + rated + .5 * together, {"together": together.item(), "rated": rated.item(), "iou": iou.gather(1, scores.argmax(1, keepdim=True)).mean().item(),
+                                                     "iou_best": iou.max(1).values.mean().item()}
 
-    rows = train("sam", {"model": model}, loss_of, minutes, 1e-3, ema=.998)
+    rows = train("sam", {"model": model, "helper": helper}, loss_of, minutes, 1e-3, ema=.998)
     save_file(half(model), folder / "model.safetensors")
-    random, found = np.random.default_rng(5), {style: ([], []) for style in world.STYLES}
-    with torch.no_grad():
-        for style in world.STYLES:
-            for seed in world.seeds("validation", style, 20):
-                image, label, instance, _ = world.draw(seed, style)
-                masks, points = mask_prompts(label, instance, random, 8, 5, wrong=0)
-                embedding = model.image_encoder(model.preprocess(torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()))
-                logits, scores = selftrain.sam_decode(model, embedding, torch.zeros(8, dtype=torch.int64), torch.from_numpy(points))
-                low = logits[torch.arange(8), scores.argmax(1)]
-                mask = (F.interpolate(low[:, None], (256, 256), mode="bilinear", align_corners=False)[:, 0, :128] > 0).numpy()
-                for m, t in zip(mask, masks):
-                    found[style][int(t.sum() >= 100)].append((m & t).sum() / max(1, (m | t).sum()))
-    keep_log(folder, minutes, rows, iou_5_points={s: {"under 100 px": round(float(np.mean(a or [0])), 3), "100 px and more": round(float(np.mean(b)), 3)} for s, (a, b) in found.items()})
+    keep_log(folder, minutes, rows)
 
 
 # ----------------------------------------------------------------------------- text-to-image: autoencoder, then diffusion
@@ -401,13 +420,15 @@ def diffusion(minutes):
                                 cross_attention_dim=96, attention_head_dim=4, addition_embed_type="text", addition_embed_type_num_heads=8)
     unet.set_attn_processor(AttnProcessor())
     unet.to(memory_format=torch.channels_last)
+    go_on(folder, text.load_state_dict, "text_encoder/model.safetensors")
+    begun = go_on(folder, unet.load_state_dict, "unet/diffusion_pytorch_model.safetensors")
     settings = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
     noise = DDPMScheduler(**settings)
     batch = 16
 
     def loss_of(step):
-        random = common.randomness(4, step)
-        order = [common.shuffled(len(photos), 4, step * batch + b) for b in range(batch)]
+        random = common.randomness(4, begun + step)
+        order = [common.shuffled(len(photos), 4, (begun + step) * batch + b) for b in range(batch)]
         z = torch.from_numpy(np.stack([latents[i, random.integers(2)] for i in order])).float()
         words = ["" if random.random() < .1 else texts[photos[i]][random.integers(4)] for i in order]
         t = torch.from_numpy(np.clip((1000 * (random.integers(batch) + np.arange(batch) + random.random(batch)) / batch) % 1000, 0, 999).astype(np.int64))   # spread over the schedule
@@ -485,7 +506,7 @@ def llm(minutes):
 
 if __name__ == "__main__":
     stages = {f.__name__: f for f in (clip, sam, autoencoder, diffusion, llm)}
-    if len(sys.argv) != 3 or sys.argv[1] not in stages or not sys.argv[2].startswith("--minutes="):
+    if len(sys.argv) < 3 or sys.argv[1] not in stages or not sys.argv[2].startswith("--minutes=") or sys.argv[3:] not in ([], ["--more"]):
         sys.exit(__doc__)
     common.steady_cpu()
     stages[sys.argv[1]](float(sys.argv[2].removeprefix("--minutes=")))
