@@ -1,0 +1,375 @@
+"""
+report: the paper's tables in miniature, with seeds and intervals. Trains every row, scores it, writes tests/toy/README.md.
+
+    python tests/toy/report.py run                        all rows of all seeds, two at a time, one core each; goes on where it was stopped
+    python tests/toy/report.py run raw,sam 0,1            some rows of some seeds
+    python tests/toy/report.py models                     scores of the miniature foundation models
+    python tests/toy/report.py write                      results.json -> README.md and its pictures, in a second
+
+Rows lie in runs/report/seedS/ROW. A row is stage 03 or 04 with the toy preset's constants except those that ROWS names, so a row is also
+a command line. Rows with an oracle replace one part of stage 04 by the truth, which only the miniature world knows.
+Settings were chosen on the validation split; results.json holds scores of the test split only, except where it says validation.
+"""
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common
+import world
+from common import IGNORE
+
+HERE = Path(__file__).resolve().parent
+ROOT = Path("runs/report")
+RESULTS = HERE / "results.json"
+STYLES = ("day", "night", "snow", "fog", "rain")
+RENDERED = Path(common.DATA) / "toy/rendered"          # scenes of the unseen styles straight from the renderer: a perfect generator
+SEEDS = (0, 1, 2, 3, 4)
+PAINTED = f"--GENERATED={ROOT}/02_generate/index.jsonl"
+#        row                   stage              constants                                                     oracle
+ROWS = {"source":             ("03_train_source", (),                                                           None),
+        "source_only":        ("04_selftrain",    ("--N_GENERATED=0",),                                         None),
+        "raw":                ("04_selftrain",    (PAINTED, "--REFINE=off"),                                    None),
+        "control":            ("04_selftrain",    (PAINTED,),                                                   "raw where SAM kept"),
+        "sam":                ("04_selftrain",    (PAINTED,),                                                   None),
+        "vote":               ("04_selftrain",    (PAINTED, "--REFINE=vote"),                                   None),
+        "rendered_raw":       ("04_selftrain",    (f"--GENERATED={RENDERED}/images/index.jsonl", "--REFINE=off"), None),
+        "rendered_sam":       ("04_selftrain",    (f"--GENERATED={RENDERED}/images/index.jsonl",),              None),
+        "rendered_masks":     ("04_selftrain",    (f"--GENERATED={RENDERED}/images/index.jsonl",),              "true masks"),
+        "rendered_truth":     ("04_selftrain",    (f"--GENERATED={RENDERED}/images/index.jsonl",),              "true labels"),
+        "trainable":          ("03_train_source", ("--FREEZE_ENCODER=False",),                                  None),
+        "trainable_sam":      ("04_selftrain",    (PAINTED, "--FREEZE_ENCODER=False"),                          None)}
+
+
+# ----------------------------------------------------------------------------- one row
+def draw_rendered(n=40):
+    """n web scenes of each unseen style as 02 would have left them, with their labels beside them."""
+    if not RENDERED.exists():
+        jobs = [(seed, style) for style in STYLES for seed in world.seeds("web", style, n)]
+        images, labels, _, captions = world.draw_many(jobs)
+        part = RENDERED.with_name("rendered.part")
+        for kind, arrays in (("images", images), ("labels", labels)):
+            (part / kind).mkdir(parents=True, exist_ok=True)
+            for i, array in enumerate(arrays):
+                world.Image.fromarray(array).save(part / kind / f"{i:06d}.png")
+        (part / "images/index.jsonl").write_text("".join(json.dumps({"file": f"{i:06d}.png", "prompt": c, "seed": s}) + "\n" for i, (c, (s, _)) in enumerate(zip(captions, jobs))))
+        part.rename(RENDERED)
+
+
+def with_oracle(stage, oracle):
+    """Replace a part of stage 04 by the truth, or by what a control needs."""
+    if oracle == "raw where SAM kept":
+        redraw = stage["refine"]
+
+        def refine(sam, embeddings, labels, random):
+            redrawn, prompts = redraw(sam, embeddings, labels, random)
+            return torch.where(redrawn == IGNORE, IGNORE, torch.from_numpy(labels.astype(np.int64)).to(redrawn.device)), prompts
+        stage["refine"] = refine
+        return
+    truth_of = lambda name: common.read_label(RENDERED / "labels" / name, "folder", world.Image.open(RENDERED / "labels" / name).size)
+    stage["Embeddings"] = lambda *_: lambda name, image: torch.from_numpy(truth_of(name).astype(np.int64))       # in the place of an embedding: the true label
+    if oracle == "true labels":
+        stage["refine"] = lambda sam, truth, labels, random: (truth.clone(), [])
+        return
+
+    def sam_masks(sam, truth, which, points, shape):
+        """What a perfect SAM would say: the true piece in which most of the points lie."""
+        pieces = [torch.from_numpy(stage["components"](t.numpy().astype(np.uint8))[0].astype(np.int64)) for t in truth]
+        at = points.long()
+        return torch.stack([pieces[i] == pieces[i][p[:, 1], p[:, 0]].mode().values for i, p in zip(which.tolist(), at)])
+    stage["sam_masks"] = sam_masks
+
+
+def one(row, seed, out=None, extra=(), split="test"):
+    """Train a row and score it -> its checkpoint's scores, kept beside it."""
+    name, arguments, oracle = ROWS[row]
+    base = ROOT / f"seed{seed}"
+    out = Path(out or base / row)
+    stage = vars(importlib.import_module(name))
+    if name == "04_selftrain":
+        arguments += (f"--INIT={base}/{'trainable' if 'trainable' in row else 'source'}/model.safetensors",)
+    sys.argv = [f"{name}.py", f"--OUT={out}", f"--SEED={seed}", *arguments, *extra]
+    if oracle:
+        with_oracle(stage, oracle)
+    common.launch(stage)
+    kept = out / f"{split}.json"
+    if not kept.exists():
+        evaluate, device = importlib.import_module("05_eval"), common.device()
+        evaluate.PANELS = 0
+        encoder, decoder, _ = common.load_model(out / "model.safetensors")
+        scores = {}
+        for style in (STYLES if "source" not in row or row == "source_only" else ("game", *STYLES)):
+            target = f"folder:{common.DATA}/toy/{style}{'_validation' if split == 'validation' else ''}"
+            matrix, _ = evaluate.score(encoder.to(device), decoder.to(device), target, common.pairs(target, "val"), device)
+            miou, each = evaluate.mean_iou(matrix)
+            scores[style] = {"miou": round(miou, 3), "iou": each}
+        common.write_json(kept, {"row": row, "seed": seed, "split": split, "mean": round(float(np.mean([scores[s]["miou"] for s in STYLES])), 3), "styles": scores})
+    found = json.loads(kept.read_text())
+    print(row, seed, split, found["mean"], {s: round(v["miou"], 1) for s, v in found["styles"].items()}, flush=True)
+    return found
+
+
+def prepare():
+    """Paint once for all seeds: 01 and 02 as the toy preset has them."""
+    draw_rendered()
+    for stage in ("01_prompts", "02_generate"):
+        subprocess.run([sys.executable, f"{stage}.py", f"--OUT={ROOT}/{stage}", *([f"--PROMPTS={ROOT}/01_prompts/prompts.txt"] if stage == "02_generate" else [])], check=True)
+
+
+def run(rows, seeds, jobs=2):
+    """Every row of every seed, `jobs` at a time; rows of stage 04 wait for their source model."""
+    prepare()
+    waiting = [(row, seed) for seed in seeds for row in rows if not (ROOT / f"seed{seed}/{row}/test.json").exists()]
+    going = []
+    while waiting or going:
+        for job in [j for j in waiting if len(going) < jobs]:
+            row, seed = job
+            base = "trainable" if "trainable" in row else "source"
+            if len(going) < jobs and (ROWS[row][0] == "03_train_source" or (ROOT / f"seed{seed}/{base}/model.safetensors").exists()):
+                log = ROOT / f"seed{seed}" / f"{row}.log"
+                log.parent.mkdir(parents=True, exist_ok=True)
+                process = subprocess.Popen([sys.executable, __file__, "one", row, str(seed)], stdout=open(log, "a"), stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                going.append((process, job, log, time.time()))
+                waiting.remove(job)
+        assert going or not waiting, f"expected the source models of {waiting[:3]} to be trained: name their rows too"
+        time.sleep(1)
+        for entry in [e for e in going if e[0].poll() is not None]:
+            going.remove(entry)
+            process, job, log, since = entry
+            print(f"{(time.time() - since) / 60:.1f} min", log.read_text().strip().splitlines()[-1], flush=True)
+            if process.returncode:
+                raise SystemExit(f"{job} failed, see {log}")
+
+
+# ----------------------------------------------------------------------------- the miniature foundation models
+def pictures(split, style, n):
+    return np.stack([world.draw(seed, style)[0] for seed in world.seeds(split, style)[:n]])
+
+
+def score_sam(n=20):
+    """Five points in every connected piece of a test scene: IoU of the mask that SAM itself rates highest, by size; rank correlation of its ratings with the truth."""
+    from scipy.stats import spearmanr
+    stage, random = importlib.import_module("04_selftrain"), np.random.default_rng(0)
+    sam, large, small, rated, true, by_class = stage.load_sam(stage.SAM), {s: [] for s in world.STYLES}, [], [], [], {c: [] for c in common.CLASSES}
+    for style in world.STYLES:
+        for seed in world.seeds("test", style, n):
+            image, label, *_ = world.draw(seed, style)
+            piece, cls, area = stage.components(label)
+            keep = np.flatnonzero((area >= 30) & (np.arange(len(area)) > 0))
+            with torch.no_grad():
+                logits, scores = stage.sam_decode(sam, stage.sam_encode(sam, torch.from_numpy(image.copy()).permute(2, 0, 1)), torch.zeros(len(keep), dtype=torch.int64),
+                                                  torch.from_numpy(stage.random_points(piece, area, keep, 5, random)))
+                masks = torch.nn.functional.interpolate(logits, label.shape, mode="bilinear", align_corners=False) > 0
+            truth = torch.from_numpy(piece == keep[:, None, None])[:, None]
+            iou = ((masks & truth).sum((2, 3)) / (masks | truth).sum((2, 3))).numpy()
+            best = iou[np.arange(len(keep)), scores.argmax(1).numpy()]
+            for k, value in zip(keep, best):
+                large[style].append(value) if area[k] >= 100 else small.append(value)
+                if area[k] >= 100:
+                    by_class[common.CLASSES[cls[k]]].append(value)
+            rated += scores.flatten().tolist()
+            true += iou.ravel().tolist()
+    return {"iou_100_px_and_more": float(np.mean(sum(large.values(), []))), "iou_under_100_px": float(np.mean(small)), "pieces": sum(map(len, large.values())), "rank_correlation": float(spearmanr(rated, true)[0]),
+            "by_style": {s: float(np.mean(v)) for s, v in large.items()}, "by_class": {c: float(np.mean(v)) for c, v in by_class.items()}}
+
+
+class Clip:
+    """The miniature CLIP, whole: codes of pictures and words."""
+
+    def __init__(self):
+        import open_clip
+        folder = HERE / "weights/clip"
+        self.model, self.words = open_clip.create_model(f"local-dir:{folder}").eval(), open_clip.get_tokenizer(f"local-dir:{folder}")
+        self.mean, self.std = (torch.tensor(self.model.visual.preprocess_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+
+    @torch.no_grad()
+    def images(self, images):
+        """uint8 (N, 128, 256, 3) -> the mean code of the left and the right half (N, 64)"""
+        x = (torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        return torch.cat([sum(torch.nn.functional.normalize(self.model.encode_image(half), dim=-1) for half in (part[..., :128], part[..., 128:])) / 2 for part in x.split(50)])
+
+    @torch.no_grad()
+    def texts(self, texts):
+        return torch.nn.functional.normalize(self.model.encode_text(self.words(texts)), dim=-1)
+
+
+PLACES = dict(game="daylight", day="daylight", night="the dark", snow="the snow", fog="the fog", rain="the rain")
+
+
+def score_clip(n=60):
+    """Zero-shot: the style by the nearest of six sentences; mean average precision of 'is this class in the picture', one sentence a class and weather."""
+    clip = Clip()
+    start = lambda style: "a video game picture" if style == "game" else "a photo"
+    sentences = clip.texts([f"{start(s)} of a street in {PLACES[s]}" for s in world.STYLES])
+    right, aps = {}, {c: [] for c in common.CLASSES}
+    for k, style in enumerate(world.STYLES):
+        drawn = [world.draw(seed, style) for seed in world.seeds("test", style)[:n]]
+        codes = clip.images(np.stack([d[0] for d in drawn]))
+        right[style] = float(((codes @ sentences.T).argmax(1) == k).float().mean())
+        scores = codes @ clip.texts([f"{start(style)} of {'the sky' if c == 'sky' else 'a traffic sign' if c == 'sign' else 'a tree' if c == 'vegetation' else 'a ' + c} in {PLACES[style]}" for c in common.CLASSES]).T
+        for c, name in enumerate(common.CLASSES):
+            there = np.array([(d[1] == c).sum() >= 60 for d in drawn])
+            if 0 < there.sum() < n:
+                ranked = there[np.argsort(-scores[:, c].numpy(), kind="stable")]
+                aps[name].append((float((np.cumsum(ranked)[ranked] / (np.flatnonzero(ranked) + 1)).mean()), float(there.mean())))
+    known = {c: np.mean(v, 0) for c, v in aps.items() if v}
+    return {"style": right, "style_mean": float(np.mean(list(right.values()))), "mAP": float(np.mean([v[0] for v in known.values()])), "mAP_of_chance": float(np.mean([v[1] for v in known.values()])),
+            "AP": {c: float(v[0]) for c, v in known.items()}}
+
+
+def frechet(a, b):
+    """Frechet distance of two clouds of codes (N, D), (M, D), as Gaussians."""
+    from scipy.linalg import sqrtm
+    a, b = a.double().numpy(), b.double().numpy()
+    cross = sqrtm(np.cov(a.T) @ np.cov(b.T))
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * np.real(cross)))
+
+
+def style_of(prompt):
+    """The weather that a prompt asks for."""
+    return next(s for s, words in (("night", ("dark", "night")), ("snow", ("snow", "winter")), ("fog", ("fog", "mist")), ("rain", ("rain", "wet")), ("day", ("",))) if any(w in prompt for w in words))
+
+
+def score_diffusion():
+    """Painted pictures of runs/report/02_generate against rendered ones: does the weather follow the prompt, how far are the codes, how sure is the teacher."""
+    rows = [json.loads(line) for line in (ROOT / "02_generate/index.jsonl").read_text().splitlines()]
+    painted = np.stack([np.asarray(common.read_image(ROOT / "02_generate" / row["file"])) for row in rows])
+    asked = np.array([STYLES.index(style_of(row["prompt"].split(" in ", 1)[1])) for row in rows])
+    clip, encoder = Clip(), common.load_model(ROOT / "seed0/source/model.safetensors")[0]
+
+    @torch.no_grad()
+    def features(images):                                                   # colour and texture at every scale: means of the encoder's maps
+        x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        return torch.cat([torch.cat([f.mean((2, 3)) for f in encoder(part)], 1) for part in x.split(50)])
+    train = {s: pictures("web", s, 200) for s in STYLES}
+    held = {s: pictures("test", s, 60) for s in STYLES}
+    x, y = features(np.concatenate(list(train.values()))), torch.arange(5).repeat_interleave(200)
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(x.shape[1], 5)
+    optimizer = torch.optim.AdamW(layer.parameters(), 1e-2, weight_decay=.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(layer((x - mean) / std), y).backward()
+        optimizer.step()
+    with torch.no_grad():
+        guess = lambda images: layer((features(images) - mean) / std).argmax(1).numpy()
+        held_out = float(np.mean(guess(np.concatenate(list(held.values()))) == np.arange(5).repeat(60)))
+        follows = guess(painted) == asked
+    found = {"classifier_on_held_out_scenes": held_out, "follows_the_prompt": float(follows.mean()), "by_style": {}}
+    noise = np.random.default_rng(0).integers(0, 256, (60, 128, 256, 3), dtype=np.uint8)
+    decoder = common.load_model(ROOT / "seed0/source/model.safetensors")[1]
+
+    @torch.no_grad()
+    def sure(images):
+        return float(torch.cat([common.predict(encoder, decoder, part).amax(1).mean((1, 2)) for part in torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).split(20)]).mean())
+    for k, style in enumerate(STYLES):
+        own, n = painted[asked == k], min(60, int((asked == k).sum()))
+        codes = clip.images(held[style][:n])
+        found["by_style"][style] = {"n": n, "follows": float(follows[asked == k].mean()), "frechet": frechet(clip.images(own[:n]), codes), "frechet_real_to_real": frechet(clip.images(train[style][:n]), codes),
+                                    "frechet_noise": frechet(clip.images(noise[:n]), codes), "sure_painted": sure(own), "sure_rendered": sure(held[style])}
+    return found
+
+
+def score_llm():
+    """What 01 kept and dropped."""
+    info = json.loads((ROOT / "01_prompts/run.json").read_text())
+    lines = info["kept"] + sum(info["dropped"].values())
+    unparsed = sum(n for why, n in info["dropped"].items() if why not in ("repeated", "enough of these", "cut off"))
+    return {"kept": info["kept"], "lines": lines, "parse": 1 - unparsed / lines, "dropped": info["dropped"], "named": info["named"]}
+
+
+def models():
+    rounded = lambda x: {k: rounded(v) for k, v in x.items()} if isinstance(x, dict) else round(x, 3) if isinstance(x, float) else x
+    (ROOT / "models").mkdir(parents=True, exist_ok=True)
+    for name, score in (("sam", score_sam), ("clip", score_clip), ("diffusion", score_diffusion), ("llm", score_llm)):
+        found = rounded(score())
+        common.write_json(ROOT / f"models/{name}.json", found)
+        print(name, found, flush=True)
+
+
+# ----------------------------------------------------------------------------- the report
+def gather():
+    """runs/report -> results.json: {"rows": {row: {seed: scores}}, "models": {...}}. What lies in results.json and not in runs/ is kept."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}, "models": {}}
+    for path in sorted(ROOT.glob("seed*/*/test.json")):
+        found = json.loads(path.read_text())
+        results["rows"].setdefault(found["row"], {})[str(found["seed"])] = {s: {"miou": v["miou"], "iou": [v["iou"][c] for c in common.CLASSES]} for s, v in found["styles"].items()}
+    for path in sorted((ROOT / "models").glob("*.json")):
+        results["models"][path.stem] = json.loads(path.read_text())
+    text = json.dumps(results, sort_keys=True)
+    with common.whole(RESULTS) as part:
+        part.write_text(text.replace('"rows"', '\n"rows"').replace('"models"', '\n"models"').replace("]}}, ", "]}},\n ") + "\n")
+    return results
+
+
+def interval(values):
+    """-> mean, half width of the 95 % interval by Student's t"""
+    from scipy.stats import t
+    n = len(values)
+    return float(np.mean(values)), float(t.ppf(.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+
+
+def mean_of(row, seed):
+    return float(np.mean([row[seed][s]["miou"] for s in STYLES]))
+
+
+def table(results, wanted, base):
+    """Rows of one table, markdown: mIoU per style (mean of the seeds), the mean with its interval, the difference to `base` paired by seed."""
+    lines = ["| | " + " | ".join(STYLES) + " | mean of five | seeds | difference to the first row, paired |", "|---|" + "---:|" * (len(STYLES) + 3)]
+    for name, title in wanted.items():
+        row = results["rows"].get(name)
+        if not row:
+            continue
+        each = [f"{np.mean([row[s][style]['miou'] for s in row]):.1f}" for style in STYLES]
+        mean, half = interval([mean_of(row, s) for s in row])
+        shared = sorted(set(row) & set(results["rows"][base]))
+        gain, width = interval([mean_of(row, s) - mean_of(results["rows"][base], s) for s in shared])
+        lines.append(f"| {title} | " + " | ".join(each) + f" | **{mean:.1f}** ± {half:.1f} | {len(row)} | " + ("" if name == base else f"{gain:+.1f} ± {width:.1f}") + " |")
+    return "\n".join(lines)
+
+
+def by_class(results, wanted):
+    lines = ["| IoU, mean of styles and seeds | " + " | ".join(common.CLASSES) + " |", "|---|" + "---:|" * len(common.CLASSES)]
+    for name, title in wanted.items():
+        row = results["rows"].get(name)
+        if row:
+            cells = np.nanmean(np.array([[row[s][style]["iou"] for style in STYLES] for s in row], float), (0, 1))
+            lines.append(f"| {title} | " + " | ".join(f"{c:.0f}" for c in cells) + " |")
+    return "\n".join(lines)
+
+
+TABLE4 = {"source_only": "source only, as many steps", "raw": "+ painted scenes, the teacher's raw labels", "control": "+ the same, but raw labels only where SAM kept a label",
+          "sam": "+ painted scenes, SAM (the paper's rule)", "vote": "+ painted scenes, SAM, majority vote"}
+ORACLES = {"source_only": "source only, as many steps", "sam": "+ painted scenes, SAM", "rendered_raw": "rendered scenes (a perfect generator), raw labels", "rendered_sam": "rendered scenes, SAM",
+           "rendered_masks": "rendered scenes, true masks (a perfect SAM)", "rendered_truth": "rendered scenes, true labels (a perfect teacher)"}
+TABLE5 = {"source": "source, frozen encoder", "trainable": "source, trainable encoder", "sam": "self-trained, frozen", "trainable_sam": "self-trained, trainable"}
+
+
+def write():
+    results = gather()
+    text = (HERE / "report.md").read_text()
+    parts = {"table4": table(results, TABLE4, "source_only"), "classes": by_class(results, TABLE4), "oracles": table(results, ORACLES, "source_only"), "table5": table(results, TABLE5, "source")}
+    for name, part in parts.items():
+        text = text.replace("{" + name + "}", part)
+    with common.whole(HERE / "README.md") as part:
+        part.write_text(text)
+
+
+if __name__ == "__main__":
+    what, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if what == "one" and len(rest) >= 2:
+        one(rest[0], int(rest[1]), *rest[2:3], extra=tuple(rest[4:]), split=(rest[3:4] or ["test"])[0])
+    elif what == "run" and len(rest) <= 2:
+        run(rest[0].split(",") if rest else list(ROWS), [int(s) for s in rest[1].split(",")] if len(rest) == 2 else SEEDS)
+    elif what in ("models", "write") and not rest:
+        {"models": models, "write": write}[what]()
+    else:
+        sys.exit(__doc__)
