@@ -3,6 +3,7 @@ report: the paper's tables in miniature, with seeds and intervals. Trains every 
 
     python tests/toy/report.py run                        all rows of all seeds, two at a time, one core each; goes on where it was stopped
     python tests/toy/report.py run raw,sam 0,1            some rows of some seeds
+    python tests/toy/report.py tried                      single changes of the settings, seed 0, on validation scenes
     python tests/toy/report.py models                     scores of the miniature foundation models
     python tests/toy/report.py write                      results.json -> README.md and its pictures, in a second
 
@@ -146,6 +147,13 @@ def run(rows, seeds, jobs=2):
             print(f"{(time.time() - since) / 60:.1f} min", log.read_text().strip().splitlines()[-1], flush=True)
             if process.returncode:
                 raise SystemExit(f"{job} failed, see {log}")
+
+
+def tried():
+    prepare()
+    for title, (row, constants) in TRIED.items():
+        out = ROOT / "tried" / "".join(c if c.isalnum() else "_" for c in title)
+        subprocess.run([sys.executable, __file__, "one", row, "0", out, "validation", *constants], check=True)
 
 
 # ----------------------------------------------------------------------------- the miniature foundation models
@@ -302,6 +310,10 @@ def gather():
     for path in sorted(ROOT.glob("seed*/*/test.json")):
         found = json.loads(path.read_text())
         results["rows"].setdefault(found["row"], {})[str(found["seed"])] = {s: {"miou": v["miou"], "iou": [v["iou"][c] for c in common.CLASSES]} for s, v in found["styles"].items()}
+    for title in TRIED:
+        path = ROOT / "tried" / "".join(c if c.isalnum() else "_" for c in title) / "validation.json"
+        if path.exists():
+            results.setdefault("tried", {})[title] = json.loads(path.read_text())["mean"]
     for path in sorted((ROOT / "models").glob("*.json")):
         results["models"][path.stem] = json.loads(path.read_text())
     text = json.dumps(results, sort_keys=True)
@@ -353,10 +365,34 @@ ORACLES = {"source_only": "source only, as many steps", "sam": "+ painted scenes
 TABLE5 = {"source": "source, frozen encoder", "trainable": "source, trainable encoder", "sam": "self-trained, frozen", "trainable_sam": "self-trained, trainable"}
 
 
+def models_table(found):
+    """One line a model."""
+    lines = ["| model | measured on test scenes | |", "|---|---|---:|"]
+    if "sam" in found:
+        m = found["sam"]
+        lines += [f"| SAM | IoU of five random points in a piece of 100 px and more (the mask that it rates highest; {m['pieces']} pieces) | {m['iou_100_px_and_more']:.2f} |",
+                  f"| | the same under 100 px | {m['iou_under_100_px']:.2f} |", f"| | rank correlation of its ratings with the true IoU | {m['rank_correlation']:.2f} |",
+                  "| | by class | " + ", ".join(f"{c} {v:.2f}" for c, v in m["by_class"].items()) + " |"]
+    if "clip" in found:
+        m = found["clip"]
+        lines += [f"| CLIP | style by the nearest of six sentences, zero-shot | {100 * m['style_mean']:.0f} % |", f"| | which classes are there, mean average precision (chance {m['mAP_of_chance']:.2f}) | {m['mAP']:.2f} |"]
+    if "diffusion" in found:
+        m = found["diffusion"]
+        lines += [f"| diffusion | weather follows the prompt, by a linear classifier (right on {100 * m['classifier_on_held_out_scenes']:.0f} % of held-out rendered scenes) | {100 * m['follows_the_prompt']:.0f} % |"]
+        for s, v in m["by_style"].items():
+            lines.append(f"| | {s}, n = {v['n']}: Frechet distance of CLIP codes to rendered scenes (real to real, noise); teacher's confidence (on rendered) | "
+                         f"{v['frechet']:.3f} ({v['frechet_real_to_real']:.3f}, {v['frechet_noise']:.3f}); {v['sure_painted']:.2f} ({v['sure_rendered']:.2f}) |")
+    if "llm" in found:
+        m = found["llm"]
+        lines.append(f"| LLM | of {m['lines']} lines parse; {m['kept']} prompts kept, least named class {min(m['named'].values())} times | {100 * m['parse']:.0f} % |")
+    return "\n".join(lines)
+
+
 def write():
     results = gather()
     text = (HERE / "report.md").read_text()
-    parts = {"table4": table(results, TABLE4, "source_only"), "classes": by_class(results, TABLE4), "oracles": table(results, ORACLES, "source_only"), "table5": table(results, TABLE5, "source")}
+    parts = {"table4": table(results, TABLE4, "source_only"), "classes": by_class(results, TABLE4), "oracles": table(results, ORACLES, "source_only"), "table5": table(results, TABLE5, "source"),
+             "models": models_table(results["models"]), "tried": "\n".join(f"| {title} | {mean:.1f} |" for title, mean in results.get("tried", {}).items())}
     for name, part in parts.items():
         text = text.replace("{" + name + "}", part)
     with common.whole(HERE / "README.md") as part:
@@ -369,7 +405,7 @@ if __name__ == "__main__":
         one(rest[0], int(rest[1]), *rest[2:3], extra=tuple(rest[4:]), split=(rest[3:4] or ["test"])[0])
     elif what == "run" and len(rest) <= 2:
         run(rest[0].split(",") if rest else list(ROWS), [int(s) for s in rest[1].split(",")] if len(rest) == 2 else SEEDS)
-    elif what in ("models", "write") and not rest:
-        {"models": models, "write": write}[what]()
+    elif what in ("tried", "models", "write") and not rest:
+        {"tried": tried, "models": models, "write": write}[what]()
     else:
         sys.exit(__doc__)

@@ -1,0 +1,53 @@
+"""The miniature's report: its statistics on numbers worked out by hand, and its oracles on a map drawn by hand."""
+import numpy as np
+import pretrain
+import pytest
+import report
+import torch
+
+from common import IGNORE
+from conftest import fresh
+
+
+def test_the_interval_is_students():
+    mean, half = report.interval([1., 2., 3.])
+    assert mean == 2 and half == pytest.approx(4.3027 / 3 ** .5, abs=1e-3)         # t(2 degrees, 97.5 %) times the standard error of 1 / sqrt 3
+
+
+def test_differences_are_paired_by_seed():
+    row = lambda *values: {str(seed): {s: {"miou": v, "iou": [v] * 12} for s in report.STYLES} for seed, v in enumerate(values)}
+    text = report.table({"rows": {"source_only": row(10., 20., 30.), "sam": row(12., 22., 32.)}}, {"source_only": "a", "sam": "b"}, "source_only")
+    assert "| b | 12.0 | " not in text and "**22.0** ± 24.8 | 3 | +2.0 ± 0.0 |" in text
+
+
+def test_frechet_distance_of_a_shift_is_its_square():
+    cloud = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    assert report.frechet(cloud, cloud) == pytest.approx(0, abs=1e-4) and report.frechet(cloud, cloud + torch.tensor([3., 0., 4.])) == pytest.approx(25, abs=1e-3)
+
+
+@pytest.mark.parametrize("place, style", [("the dark", "night"), ("a village in winter", "snow"), ("a town on a misty morning", "fog"), ("a wet wide avenue on a rainy day", "rain"), ("a sunny town", "day")])
+def test_the_weather_that_a_prompt_asks_for(place, style):
+    assert report.style_of(place) == style
+
+
+def test_the_control_keeps_raw_labels_where_sam_kept_one():
+    stage = vars(fresh("04_selftrain"))
+    stage["refine"] = lambda sam, embeddings, labels, random: (torch.tensor([[[5, IGNORE], [IGNORE, 7]]]), [])
+    report.with_oracle(stage, "raw where SAM kept")
+    assert stage["refine"](None, None, np.array([[[1, 2], [3, 4]]], np.uint8), None)[0].tolist() == [[[1, IGNORE], [IGNORE, 4]]]
+
+
+def test_a_perfect_sam_answers_with_the_true_piece_of_most_points():
+    stage = vars(fresh("04_selftrain"))
+    report.with_oracle(stage, "true masks")
+    truth = torch.tensor([[[0, 0, 3, 0], [0, 0, 3, 0]]])                           # two pieces of class 0, one of class 3
+    mask = stage["sam_masks"](None, truth, torch.tensor([0]), torch.tensor([[[0., 0.], [1., 1.], [2., 0.]]]), (2, 4))
+    assert mask.tolist() == [[[True, True, False, False]] * 2]
+
+
+def test_codes_that_tell_pieces_apart_cost_little_and_equal_codes_cost_two_for_the_others():
+    piece = np.repeat([[0] * 4 + [1] * 4], 8, 0)
+    apart = torch.from_numpy(piece[None, None] * 10.).expand(1, 2, -1, -1)
+    low = pretrain.same_piece(apart, [piece], np.random.default_rng(0))
+    none = pretrain.same_piece(torch.zeros(1, 2, 8, 8), [piece], np.random.default_rng(0))
+    assert low == pytest.approx(np.log1p(np.exp(-2.)), abs=1e-3) and none == pytest.approx(np.log1p(np.exp(-2.)) + np.log1p(np.exp(2.)), abs=1e-4)
