@@ -39,7 +39,7 @@ WEIGHT_DECAY = 0.05                               # paper 4.1
 GRAD_CLIP = preset(toy=1.0, paper=0.01)           # global norm; 0.01 is Mask2Former's
 CROP = preset(toy=(128, 256), paper=(768, 768))   # rows, columns; paper 4.1
 SCALE = preset(toy=(0.75, 1.5), paper=(0.5, 2.0)) # paper 4.1
-POINTS = preset(toy=512, paper=12_544)           # points a mask in the losses: Mask2Former's 112 x 112
+POINTS = preset(toy=512, paper=12_544)            # points a mask in the losses: Mask2Former's 112 x 112
 SEED = 0
 WORKERS = preset(toy=0, paper=8)                  # threads that read and augment; on two cores a third thread only disturbs
 LOG_EVERY = preset(toy=20, paper=50)

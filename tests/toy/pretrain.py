@@ -292,7 +292,7 @@ def sam(minutes):
     images, labels, instances, jobs = web()
     folder = WEIGHTS / "sam"
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"image_size": 256, "stride": 8, "width": 128, "encoder": [32, 64, 80, 96], "blocks": [0, 2, 3, 3], "mlp_dim": 128, "heads": 4}
+    config = {"image_size": 256, "stride": 8, "width": 128, "encoder": [32, 64, 80, 96], "blocks": [0, 2, 2, 2], "mlp_dim": 128, "heads": 4}
     common.write_json(folder / "config.json", config)
     torch.manual_seed(0)
     model = selftrain.build_sam(config)
