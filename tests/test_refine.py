@@ -13,6 +13,7 @@ class FakeSam:
     """Answers the k-th prompt with the k-th mask, rated highest; the other two masks are full and rated lower."""
     device = torch.device("cpu")
     image_encoder = type("E", (), {"img_size": 8})()
+    prompt_encoder = type("P", (), {"image_embedding_size": (2, 2)})()
 
     def __init__(self, masks):
         self.masks = [torch.as_tensor(np.asarray(m), dtype=torch.float32) for m in masks]
