@@ -2,15 +2,16 @@
 pretrain: train the four miniature foundation models on the miniature world's web. One command a model, each resumes where it was killed.
 
     python tests/toy/pretrain.py clip --minutes=40          open_clip folder                tests/toy/weights/clip
-    python tests/toy/pretrain.py sam --minutes=60           segment_anything, config + file tests/toy/weights/sam
+    python tests/toy/pretrain.py sam --minutes=50           segment_anything, config + file tests/toy/weights/sam
     python tests/toy/pretrain.py autoencoder --minutes=15   first half of the diffusers pipeline
-    python tests/toy/pretrain.py diffusion --minutes=180    diffusers pipeline folder       tests/toy/weights/diffusion
+    python tests/toy/pretrain.py diffusion --minutes=80     diffusers pipeline folder       tests/toy/weights/diffusion
     python tests/toy/pretrain.py llm --minutes=5            transformers folder             tests/toy/weights/llm
 
 The web: 15,000 scenes of all styles with captions and instance masks, drawn by world.py into data/toy/web when missing (5 minutes, 2.4 GB).
 No model here sees a train, validation or test scene, nor a class label; SAM sees masks without names, as the real one did.
 Checkpoints: data/toy/pretrain/MODEL.pt. Beside the weights lies training.json: command, steps, minutes, losses, scores.
 The minutes count training only and on one core (OMP_NUM_THREADS=1); the schedule is a cosine over them, so a longer run is another run.
+--more begins at the shipped weights of sam or diffusion, with a schedule of its own; training.json lists what the weights have had before.
 """
 import json
 import math
