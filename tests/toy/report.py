@@ -5,11 +5,11 @@ report: the paper's tables in miniature, with seeds and intervals. Trains every 
     python tests/toy/report.py run raw,sam 0,1            some rows of some seeds
     python tests/toy/report.py tried                      single changes of the settings, seed 0, on validation scenes
     python tests/toy/report.py models                     scores of the miniature foundation models
-    python tests/toy/report.py write                      results.json -> README.md and its pictures, in a second
+    python tests/toy/report.py write                      runs/report -> results.json, and with report.md -> README.md
 
 Rows lie in runs/report/seedS/ROW. A row is stage 03 or 04 with the toy preset's constants except those that ROWS names, so a row is also
 a command line. Rows with an oracle replace one part of stage 04 by the truth, which only the miniature world knows.
-Settings were chosen on the validation split; results.json holds scores of the test split only, except where it says validation.
+results.json holds scores of the test split, except `tried`, which is of the validation split.
 """
 import importlib
 import json
