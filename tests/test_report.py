@@ -5,6 +5,7 @@ import pytest
 import report
 import torch
 
+import common
 from common import IGNORE
 from conftest import fresh
 
@@ -43,6 +44,31 @@ def test_a_perfect_sam_answers_with_the_true_piece_of_most_points():
     truth = torch.tensor([[[0, 0, 3, 0], [0, 0, 3, 0]]])                           # two pieces of class 0, one of class 3
     mask = stage["sam_masks"](None, truth, torch.tensor([0]), torch.tensor([[[0., 0.], [1., 1.], [2., 0.]]]), (2, 4))
     assert mask.tolist() == [[[True, True, False, False]] * 2]
+
+
+def test_the_coarser_decoder_has_masks_at_an_eighth():
+    plain = common.Decoder.pixels
+    decoder, features = common.Decoder([3] * 4, 2, 16, 4, 1, 16), [torch.zeros(1, 3, 32 // 2 ** i, 64 // 2 ** i) for i in range(4)]
+    try:
+        report.with_oracle({}, "masks at 1/8")
+        assert decoder(features)[1].shape[-2:] == (16, 32)
+    finally:
+        common.Decoder.pixels = plain
+    assert decoder(features)[1].shape[-2:] == (32, 64)
+
+
+def test_the_random_tower_is_clip_with_other_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    report.draw_random_tower()
+    ours, shipped = common.Encoder(f"local-dir:{tmp_path}/random_clip"), common.Encoder(f"local-dir:{report.HERE}/weights/clip")
+    pairs = list(zip(ours.parameters(), shipped.parameters(), strict=True))
+    assert all(a.shape == b.shape for a, b in pairs) and not any(torch.equal(a, b) for a, b in pairs if a.dim() == 4)
+
+
+def test_a_row_of_stage_04_waits_for_its_source_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="seed3/source/model.safetensors: run its source row first"):
+        report.work([(("sam", 3), tmp_path / "seed3/sam", "test.json")])
 
 
 def test_codes_that_tell_pieces_apart_cost_little_and_equal_codes_cost_two_for_the_others():

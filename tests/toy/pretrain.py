@@ -234,7 +234,7 @@ def clip(minutes):
 
 # ----------------------------------------------------------------------------- SAM
 def mask_prompts(label, instance, random, n, n_points, wrong=.1):
-    """n prompts of a scene: a connected piece of one class (2 of 3) or of one thing -> masks (n, H, W) bool, points (n, n_points, 2) of (x, y),
+    """n prompts of a scene: a connected piece of one class (5 of 6) or of one thing -> masks (n, H, W) bool, points (n, n_points, 2) of (x, y),
     piece int32 (H, W), the number of the piece at every pixel.
 
     Pieces are drawn class by class, so that poles come as often as roads. A share `wrong` of the points of a prompt lies elsewhere, as a teacher's do."""
@@ -245,7 +245,7 @@ def mask_prompts(label, instance, random, n, n_points, wrong=.1):
     maps.append((thing.reshape(label.shape), ids % 12, np.bincount(thing.ravel())))
     masks, points = [], []
     while len(masks) < n:
-        piece, cls, area = maps[int(random.random() < 1 / 3)]
+        piece, cls, area = maps[int(random.random() < 1 / 6)]
         large = np.flatnonzero((area >= 30) & (cls < 12))
         if len(large) == 0:
             continue
@@ -334,7 +334,7 @@ def sam(minutes):
         return best.mean() + rated + .5 * together, {"together": together.item(), "rated": rated.item(), "iou": iou.gather(1, scores.argmax(1, keepdim=True)).mean().item(),
                                                      "iou_best": iou.max(1).values.mean().item()}
 
-    rows = train("sam", {"model": model, "helper": helper}, loss_of, minutes, 1e-3, ema=.998)
+    rows = train("sam", {"model": model, "helper": helper}, loss_of, minutes, 4e-4 if begun else 1e-3, ema=.998)       # from trained weights, 1e-3 took 30 minutes to come back to where it began
     save_file(half(model), folder / "model.safetensors")
     keep_log(folder, minutes, rows)
 

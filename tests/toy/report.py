@@ -4,12 +4,14 @@ report: the paper's tables in miniature, with seeds and intervals. Trains every 
     python tests/toy/report.py run                        all rows of all seeds, two at a time, one core each; goes on where it was stopped
     python tests/toy/report.py run raw,sam 0,1            some rows of some seeds
     python tests/toy/report.py tried                      single changes of the settings, seed 0, on validation scenes
+    python tests/toy/report.py sizes                      the decoder in other sizes, seed 0, on validation scenes
+    python tests/toy/report.py seconds                    what a training step of each size takes: run it on an idle machine
     python tests/toy/report.py models                     scores of the miniature foundation models
     python tests/toy/report.py write                      runs/report -> results.json, and with report.md -> README.md
 
 Rows lie in runs/report/seedS/ROW. A row is stage 03 or 04 with the toy preset's constants except those that ROWS names, so a row is also
 a command line. Rows with an oracle replace one part of stage 04 by the truth, which only the miniature world knows.
-results.json holds scores of the test split, except `tried`, which is of the validation split.
+results.json holds scores of the test split, except `tried` and `sizes`, which are of the validation split.
 """
 import importlib
 import json
@@ -45,11 +47,13 @@ ROWS = {"source":             ("03_train_source", (),                           
         "rendered_sam":       ("04_selftrain",    (f"--GENERATED={RENDERED}/images/index.jsonl",),              None),
         "rendered_masks":     ("04_selftrain",    (f"--GENERATED={RENDERED}/images/index.jsonl",),              "true masks"),
         "rendered_truth":     ("04_selftrain",    (f"--GENERATED={RENDERED}/images/index.jsonl",),              "true labels"),
+        "source_random":      ("03_train_source", (f"--ENCODER=local-dir:{ROOT}/random_clip",),                 None),
+        "source_stride_8":    ("03_train_source", (),                                                           "masks at 1/8"),
         "trainable":          ("03_train_source", ("--FREEZE_ENCODER=False",),                                  None),
         "trainable_sam":      ("04_selftrain",    (PAINTED, "--FREEZE_ENCODER=False"),                          None)}
 #        what was tried                                row            constants
 TRIED = {"as shipped":                                ("sam",         ()),
-         "source only":                               ("source_only", ()),
+         "source only, as many steps":                ("source_only", ()),
          "raw labels":                                ("raw",         ()),
          "pieces from 40 px":                         ("sam",         ("--SAM_MIN_AREA=40",)),
          "pieces from 280 px (0.85 %, as the paper)": ("sam",         ("--SAM_MIN_AREA=280",)),
@@ -60,6 +64,15 @@ TRIED = {"as shipped":                                ("sam",         ()),
          "majority vote":                             ("vote",        ()),
          "purity":                                    ("sam",         ("--REFINE=purity",)),
          "unlabelled = negative (official)":          ("sam",         ("--UNLABELLED=negative",))}
+#        the decoder's size                           row                constants: 24 queries, 3 layers, width 64 unless said
+SIZES = {"as shipped: 24 queries, 3 layers, width 64, masks at 1/4": ("source", ()),
+         "12 queries":                                ("source",          ("--QUERIES=12",)),
+         "48 queries":                                ("source",          ("--QUERIES=48",)),
+         "1 layer":                                   ("source",          ("--LAYERS=1",)),
+         "6 layers":                                  ("source",          ("--LAYERS=6",)),
+         "width 32":                                  ("source",          ("--DIM=32", "--HIDDEN=64")),
+         "width 128":                                 ("source",          ("--DIM=128", "--HIDDEN=256")),
+         "masks at 1/8":                              ("source_stride_8", ())}
 
 
 # ----------------------------------------------------------------------------- one row
@@ -77,8 +90,28 @@ def draw_rendered(n=40):
         part.rename(RENDERED)
 
 
+def draw_random_tower():
+    """The miniature CLIP as it was before it saw anything, as a folder."""
+    folder = ROOT / "random_clip"
+    if not folder.exists():
+        import shutil
+        import open_clip
+        from safetensors.torch import save_file
+        part = folder.with_name("random_clip.part")
+        shutil.copytree(HERE / "weights/clip", part, dirs_exist_ok=True)
+        torch.manual_seed(0)
+        save_file({k: v.contiguous() for k, v in open_clip.CLIP(**json.loads((part / "open_clip_config.json").read_text())["model_cfg"]).state_dict().items()}, part / "open_clip_model.safetensors")
+        part.rename(folder)
+
+
 def with_oracle(stage, oracle):
-    """Replace a part of stage 04 by the truth, or by what a control needs."""
+    """Replace a part of stage 04 by the truth, or by what a control needs; or the decoder's mask features by coarser ones."""
+    if oracle == "masks at 1/8":
+        def pixels(self, features, pixels=common.Decoder.pixels):
+            levels, _ = pixels(self, features)
+            return levels, self.mask_features(levels[2])
+        common.Decoder.pixels = pixels
+        return
     if oracle == "raw where SAM kept":
         redraw = stage["refine"]
 
@@ -101,14 +134,22 @@ def with_oracle(stage, oracle):
     stage["sam_masks"] = sam_masks
 
 
+def source_of(row, seed):
+    """The checkpoint that a row of stage 04 begins at."""
+    return ROOT / f"seed{seed}/{'trainable' if 'trainable' in row else 'source'}/model.safetensors"
+
+
+def slug(title):
+    return "".join(c if c.isalnum() else "_" for c in title)
+
+
 def one(row, seed, out=None, extra=(), split="test"):
     """Train a row and score it -> its checkpoint's scores, kept beside it."""
     name, arguments, oracle = ROWS[row]
-    base = ROOT / f"seed{seed}"
-    out = Path(out or base / row)
+    out = Path(out or ROOT / f"seed{seed}" / row)
     stage = vars(importlib.import_module(name))
     if name == "04_selftrain":
-        arguments += (f"--INIT={base}/{'trainable' if 'trainable' in row else 'source'}/model.safetensors",)
+        arguments += (f"--INIT={source_of(row, seed)}",)
     sys.argv = [f"{name}.py", f"--OUT={out}", f"--SEED={seed}", *arguments, *extra]
     if oracle:
         with_oracle(stage, oracle)
@@ -119,7 +160,7 @@ def one(row, seed, out=None, extra=(), split="test"):
         evaluate.PANELS = 0
         encoder, decoder, _ = common.load_model(out / "model.safetensors")
         scores = {}
-        for style in (STYLES if "source" not in row or row == "source_only" else ("game", *STYLES)):
+        for style in (("game", *STYLES) if name == "03_train_source" else STYLES):
             target = f"folder:{common.DATA}/toy/{style}{'_validation' if split == 'validation' else ''}"
             matrix, _ = evaluate.score(encoder.to(device), decoder.to(device), target, common.pairs(target, "val"), device)
             miou, each = evaluate.mean_iou(matrix)
@@ -133,40 +174,75 @@ def one(row, seed, out=None, extra=(), split="test"):
 def prepare():
     """Paint once for all seeds: 01 and 02 as the toy preset has them."""
     draw_rendered()
+    draw_random_tower()
     for stage in ("01_prompts", "02_generate"):
         subprocess.run([sys.executable, f"{stage}.py", f"--OUT={ROOT}/{stage}", *([f"--PROMPTS={ROOT}/01_prompts/prompts.txt"] if stage == "02_generate" else [])], check=True)
 
 
-def run(rows, seeds, jobs=2):
-    """Every row of every seed, `jobs` at a time; rows of stage 04 wait for their source model."""
-    prepare()
-    waiting = [(row, seed) for seed in seeds for row in rows if not (ROOT / f"seed{seed}/{row}/test.json").exists()]
-    going = []
+def work(jobs, at_once=2):
+    """Run jobs [(arguments of `one`, folder, result file)] at a time on one core each; a job of stage 04 waits for its source model."""
+    waiting, going = [job for job in jobs if not (job[1] / job[2]).exists()], []
     while waiting or going:
-        for job in [j for j in waiting if len(going) < jobs]:
-            row, seed = job
-            base = "trainable" if "trainable" in row else "source"
-            if len(going) < jobs and (ROWS[row][0] == "03_train_source" or (ROOT / f"seed{seed}/{base}/model.safetensors").exists()):
-                log = ROOT / f"seed{seed}" / f"{row}.log"
+        for job in waiting[:]:
+            (row, seed, *_), folder, _ = job
+            ready = ROWS[row][0] == "03_train_source" or source_of(row, seed).exists()
+            if len(going) < at_once and ready:
+                log = folder.with_suffix(".log")
                 log.parent.mkdir(parents=True, exist_ok=True)
-                process = subprocess.Popen([sys.executable, __file__, "one", row, str(seed)], stdout=open(log, "a"), stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-                going.append((process, job, log, time.time()))
+                going.append((subprocess.Popen([sys.executable, __file__, "one", *map(str, job[0])], stdout=open(log, "a"), stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}), log, time.time()))
                 waiting.remove(job)
-        assert going or not waiting, f"expected the source models of {waiting[:3]} to be trained: name their rows too"
+        if waiting and not going:
+            raise SystemExit(f"{waiting[0][0]} needs {source_of(*waiting[0][0][:2])}: run its source row first")
         time.sleep(1)
         for entry in [e for e in going if e[0].poll() is not None]:
             going.remove(entry)
-            process, job, log, since = entry
+            process, log, since = entry
             print(f"{(time.time() - since) / 60:.1f} min", log.read_text().strip().splitlines()[-1], flush=True)
             if process.returncode:
-                raise SystemExit(f"{job} failed, see {log}")
+                raise SystemExit(f"a row failed, see {log}")
 
 
-def tried():
+def run(rows, seeds, at_once=2):
+    """Every row of every seed, scored on test scenes."""
     prepare()
-    for title, (row, constants) in TRIED.items():
-        out = ROOT / "tried" / "".join(c if c.isalnum() else "_" for c in title)
-        subprocess.run([sys.executable, __file__, "one", row, "0", out, "validation", *constants], check=True)
+    work([((row, seed), ROOT / f"seed{seed}/{row}", "test.json") for seed in seeds for row in rows], at_once)
+
+
+def single(name, changes, at_once=2):
+    """Single changes {title: (row, constants)}, seed 0, scored on validation scenes."""
+    prepare()
+    folder_of = lambda title: ROOT / name / slug(title)
+    work([((row, 0, folder_of(title), "validation", *constants), folder_of(title), "validation.json") for title, (row, constants) in changes.items()], at_once)
+
+
+def seconds():
+    """Forward and backward of decoder and loss on the encoder's maps of 16 source images, each size in turn, the median of 15 -> runs/report/seconds.json"""
+    stage, found = importlib.import_module("03_train_source"), {}
+    common.steady_cpu()
+    torch.set_num_threads(1)
+    encoder = common.Encoder(stage.ENCODER, True)
+    images, labels = common.source_batch(common.pairs(stage.SOURCE, "train"), stage.SOURCE, 0, stage.BATCH, 0, stage.CROP, stage.SCALE, encoder.fill)
+    features, plain, steps = encoder(images), common.Decoder.pixels, {}
+    for title, (row, constants) in SIZES.items():
+        size = {k: getattr(stage, k) for k in ("DIM", "QUERIES", "LAYERS", "HIDDEN")} | {k: int(v) for k, v in (c.removeprefix("--").split("=") for c in constants)}
+        torch.manual_seed(0)
+        decoder = common.Decoder(encoder.channels, len(common.CLASSES), *(size[k] for k in ("DIM", "QUERIES", "LAYERS", "HIDDEN")))
+        if ROWS[row][2]:
+            with_oracle(vars(stage), ROWS[row][2])
+        steps[title], common.Decoder.pixels = (decoder, common.Decoder.pixels), plain
+    times = {title: [] for title in SIZES}
+    for i in range(17):
+        for title, (decoder, common.Decoder.pixels) in steps.items():          # one of each in turn: a busy moment hits them all
+            since = time.perf_counter()
+            loss, _ = common.mask_loss(*decoder(features), labels, stage.POINTS, common.seeded(0, i, 5))
+            loss.backward()
+            times[title].append(time.perf_counter() - since)
+            decoder.zero_grad(set_to_none=True)
+    common.Decoder.pixels = plain
+    for title, (decoder, _) in steps.items():
+        found[title] = {"seconds": round(float(np.median(times[title][2:])), 3), "parameters": sum(p.numel() for p in decoder.parameters())}
+        print(title, found[title])
+    common.write_json(ROOT / "seconds.json", found)
 
 
 # ----------------------------------------------------------------------------- the miniature foundation models
@@ -323,10 +399,15 @@ def gather():
     for path in sorted(ROOT.glob("seed*/*/test.json")):
         found = json.loads(path.read_text())
         results["rows"].setdefault(found["row"], {})[str(found["seed"])] = {s: {"miou": v["miou"], "iou": [v["iou"][c] for c in common.CLASSES]} for s, v in found["styles"].items()}
-    for title in TRIED:
-        path = ROOT / "tried" / "".join(c if c.isalnum() else "_" for c in title) / "validation.json"
-        if path.exists():
-            results.setdefault("tried", {})[title] = json.loads(path.read_text())["mean"]
+    for name, changes in (("tried", TRIED), ("sizes", SIZES)):
+        for title in changes:
+            path = ROOT / name / slug(title) / "validation.json"
+            if path.exists():
+                found = json.loads(path.read_text())
+                results.setdefault(name, {}).setdefault(title, {}).update({"mean": found["mean"], **({"game": found["styles"]["game"]["miou"]} if "game" in found["styles"] else {})})
+    if (ROOT / "seconds.json").exists():
+        for title, found in json.loads((ROOT / "seconds.json").read_text()).items():
+            results.setdefault("sizes", {}).setdefault(title, {}).update(found)
     for path in sorted((ROOT / "models").glob("*.json")):
         results["models"][path.stem] = json.loads(path.read_text())
     text = json.dumps(results, sort_keys=True)
@@ -376,7 +457,18 @@ TABLE4 = {"source_only": "source only, as many steps", "raw": "+ painted scenes,
           "sam": "+ painted scenes, SAM (the paper's rule)", "vote": "+ painted scenes, SAM, majority vote"}
 ORACLES = {"source_only": "source only, as many steps", "sam": "+ painted scenes, SAM", "rendered_raw": "rendered scenes (a perfect generator), raw labels", "rendered_sam": "rendered scenes, SAM",
            "rendered_masks": "rendered scenes, true masks (a perfect SAM)", "rendered_truth": "rendered scenes, true labels (a perfect teacher)"}
-TABLE5 = {"source": "source, frozen encoder", "trainable": "source, trainable encoder", "sam": "self-trained, frozen", "trainable_sam": "self-trained, trainable"}
+TABLE5 = {"source": "source, frozen CLIP", "source_random": "source, a frozen tower of random weights", "trainable": "source, CLIP trained along at a tenth of the rate",
+          "sam": "self-trained, frozen CLIP", "trainable_sam": "self-trained, CLIP trained along"}
+
+
+def sizes_table(found):
+    lines = ["| decoder | parameters | seconds a step | game | mean of the five unseen |", "|---|---:|---:|---:|---:|"]
+    cell = lambda row, key, form: format(row[key], form) if key in row else ""
+    return "\n".join(lines + [f"| {title} | {cell(row, 'parameters', ',')} | {cell(row, 'seconds', '.2f')} | {cell(row, 'game', '.1f')} | {cell(row, 'mean', '.1f')} |" for title, row in found.items()])
+
+
+def tried_table(found):
+    return "\n".join(["| | mean of five |", "|---|---:|", *(f"| {title} | {row['mean']:.1f} |" for title, row in found.items())])
 
 
 def models_table(found):
@@ -406,7 +498,8 @@ def write():
     results = gather()
     text = (HERE / "report.md").read_text()
     parts = {"table4": table(results, TABLE4, "source_only"), "classes": by_class(results, TABLE4), "oracles": table(results, ORACLES, "source_only"), "table5": table(results, TABLE5, "source"),
-             "models": models_table(results["models"]), "tried": "\n".join(["With the weights as they are:\n", "| | mean of five |", "|---|---:|", *(f"| {title} | {mean:.1f} |" for title, mean in results["tried"].items()), ""]) if "tried" in results else ""}
+             "sizes": sizes_table({t: results["sizes"][t] for t in SIZES if t in results.get("sizes", {})}), "tried": tried_table({t: results["tried"][t] for t in TRIED if t in results.get("tried", {})}),
+             "models": models_table(results["models"])}
     for name, part in parts.items():
         text = text.replace("{" + name + "}", part)
     with common.whole(HERE / "README.md") as part:
@@ -419,7 +512,7 @@ if __name__ == "__main__":
         one(rest[0], int(rest[1]), *rest[2:3], extra=tuple(rest[4:]), split=(rest[3:4] or ["test"])[0])
     elif what == "run" and len(rest) <= 2:
         run(rest[0].split(",") if rest else list(ROWS), [int(s) for s in rest[1].split(",")] if len(rest) == 2 else SEEDS)
-    elif what in ("tried", "models", "write") and not rest:
-        {"tried": tried, "models": models, "write": write}[what]()
+    elif what in ("tried", "sizes", "seconds", "models", "write") and not rest:
+        {"tried": lambda: single("tried", TRIED), "sizes": lambda: single("sizes", SIZES), "seconds": seconds, "models": models, "write": write}[what]()
     else:
         sys.exit(__doc__)

@@ -34,7 +34,7 @@ FAR = 150.0       # metres: the ground ends here
 #         split         first seed   images a style
 SPLITS = {"train":      (1_000_000, 1_000),       # game only: the labelled source
           "validation": (2_000_000, 60),          # settings may be chosen on these
-          "test":       (3_000_000, 60),          # reported, never tuned on
+          "test":       (5_000_000, 60),          # reported, never tuned on. 3,000,000 was the first one: some choices had seen its scores, so it was given up
           "web":        (4_000_000, 2_500)}       # what the miniature foundation models are trained on
 
 
