@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import common
-from common import CLASSES, RUN, SYNONYMS, Stop, preset
+from common import CLASSES, PLACE, RUN, SCENES, SYNONYMS, Stop, preset
 
 # ---------------------------------------------------------------------------- constants
 LLM = preset(toy="tests/toy/weights/llm", paper="meta-llama/Llama-2-70b-chat-hf")    # any chat model does; -7b and -13b fit one GPU
@@ -35,13 +35,13 @@ SEED = 0
 # ---------------------------------------------------------------------------- what is asked
 def prompt_request(classes):
     """The paper's request (3.2), with C = the given classes."""
-    return ("I want a list of prompts that can be used by an image generation model to generate synthetic images of urban street scenes. "
+    return (f"I want a list of prompts that can be used by an image generation model to generate synthetic images of {SCENES}. "
             'The prompt should strictly follow this template: "a photo of X in Z" where X contains one or multiple class names within '
             f"[{', '.join(classes)}] and Z describes the place, the light or the weather. Can you provide 100 diverse and simple prompts.")
 
 
 def synonym_request(name):
-    return f'List words that mean the same as "{name}" in a photo of a street, one a line.'
+    return f'List words that mean the same as "{name}" in a photo of {PLACE}, one a line.'
 
 
 # ---------------------------------------------------------------------------- what is kept

@@ -44,6 +44,7 @@ SEED = 0
 WORKERS = preset(toy=0, paper=8)                  # threads that read and augment; on two cores a third thread only disturbs
 LOG_EVERY = preset(toy=20, paper=50)
 SAVE_EVERY = preset(toy=100, paper=1_000)
+KEEP_EVERY = 0                                    # keep a model to score every so many steps, OUT/step_NNNNNN.safetensors; 0 = only the last
 
 
 def preview(path, encoder, decoder, batches, device):
@@ -74,6 +75,7 @@ def main():
     run.start()
     assert not FREEZE_ENCODER or not any(p.requires_grad for p in encoder.parameters()), "expected a frozen encoder (paper 3.1), got gradients"
 
+    facts = {"seed": SEED, "stage": "03_train_source", "constants": run.constants}
     saved = {"decoder": decoder, "optimizer": optimizer, **({} if FREEZE_ENCODER else {"encoder": encoder})}
     checkpoint = Path(OUT) / "checkpoint.pt"
     first = common.resume(checkpoint, saved)
@@ -100,9 +102,11 @@ def main():
         run.progress(done, ITERATIONS, LOG_EVERY, {"loss": loss.item(), **terms})
         if done % SAVE_EVERY == 0 and done < ITERATIONS:
             common.save_checkpoint(checkpoint, {"step": done, **{name: thing.state_dict() for name, thing in saved.items()}})
+        if KEEP_EVERY and done % KEEP_EVERY == 0 and done < ITERATIONS:
+            common.save_model(Path(OUT) / f"step_{done:06d}.safetensors", encoder, decoder, iteration=done, **facts)
     preview(Path(OUT) / "preview.png", encoder.eval(), decoder, tuple(x[:4] for x in batch(ITERATIONS)), device)
     run.finish()
-    common.save_model(run.result, encoder, decoder, iteration=ITERATIONS, seed=SEED, stage="03_train_source", constants=run.constants)      # last: its presence means finished
+    common.save_model(run.result, encoder, decoder, iteration=ITERATIONS, **facts)      # last: its presence means finished
     checkpoint.unlink(missing_ok=True)
 
 

@@ -62,6 +62,7 @@ SEED = 0
 WORKERS = preset(toy=0, paper=8)
 LOG_EVERY = preset(toy=20, paper=50)
 SAVE_EVERY = preset(toy=100, paper=1_000)
+KEEP_EVERY = 0                                    # keep a model to score every so many steps, OUT/step_NNNNNN.safetensors; 0 = only the last
 PREVIEW_EVERY = preset(toy=200, paper=2_000)
 
 
@@ -345,6 +346,7 @@ def main():
     embedding_of = Embeddings(sam, SAM, Path(GENERATED).parent) if use_sam else None
     assert not FREEZE_ENCODER or not any(p.requires_grad for p in encoder.parameters()), "expected a frozen encoder (paper 3.1), got gradients"
 
+    facts = {"seed": SEED, "stage": "04_selftrain", "constants": run.constants}
     saved = {"student": student, "teacher": teacher, "optimizer": optimizer, **({} if FREEZE_ENCODER else {"encoder": encoder, "teacher_encoder": teacher_encoder})}
     checkpoint = Path(OUT) / "checkpoint.pt"
     first = common.resume(checkpoint, saved)
@@ -391,6 +393,8 @@ def main():
         run.progress(done, ITERATIONS, LOG_EVERY, {"loss": loss.item(), **terms, **numbers})
         if done % SAVE_EVERY == 0 and done < ITERATIONS:
             common.save_checkpoint(checkpoint, {"step": done, **{name: thing.state_dict() for name, thing in saved.items()}})
+        if KEEP_EVERY and done % KEEP_EVERY == 0 and done < ITERATIONS:
+            common.save_model(Path(OUT) / f"step_{done:06d}.safetensors", encoder, student, iteration=done, **facts)
         if painted and (done % PREVIEW_EVERY == 0 or done == ITERATIONS):
             rough, redrawn, prompts = pseudo_label(shown, [p.name for p in painted[:4]], 0)
             guess = common.predict(encoder.eval(), student.eval(), shown.to(device)).argmax(1).to(torch.uint8).cpu().numpy()
@@ -398,10 +402,9 @@ def main():
             preview(Path(OUT) / f"preview_{done:06d}.png", shown,
                     [(rough[i], redrawn[i].to(torch.uint8).cpu().numpy(), [p for p in prompts if p[0] == i], guess[i]) for i in range(len(shown))])
 
-    facts = {"iteration": ITERATIONS, "seed": SEED, "stage": "04_selftrain", "constants": run.constants}
-    common.save_model(Path(OUT) / "teacher.safetensors", teacher_encoder, teacher, **facts)
+    common.save_model(Path(OUT) / "teacher.safetensors", teacher_encoder, teacher, iteration=ITERATIONS, **facts)
     run.finish()
-    common.save_model(run.result, encoder, student, **facts)                                # last: its presence means finished
+    common.save_model(run.result, encoder, student, iteration=ITERATIONS, **facts)          # last: its presence means finished
     checkpoint.unlink(missing_ok=True)
 
 

@@ -190,7 +190,7 @@ class Run:
 
     The result is the file whose presence means finished; it is written last. `free` constants may change in a resumed run."""
 
-    def __init__(self, stage, result, lock="lock", free=("LOG_EVERY", "SAVE_EVERY", "PREVIEW_EVERY", "WORKERS")):
+    def __init__(self, stage, result, lock="lock", free=("LOG_EVERY", "SAVE_EVERY", "KEEP_EVERY", "PREVIEW_EVERY", "WORKERS")):
         self.out, self.result, self.stage = Path(stage["OUT"]), Path(stage["OUT"]) / result, Path(stage["__file__"]).stem
         self.constants = {k: list(v) if isinstance(v, tuple) else v for k, v in constants(stage).items() if k != "OUT"}
         self.free, self.lock_name, self.started, self.info = free, lock, time.time(), {}
@@ -359,7 +359,8 @@ CITYSCAPES_CLASSES = {
                "train":         ((0, 80, 100),    ("tram", "locomotive", "streetcar")),
                "motorcycle":    ((0, 0, 230),     ("motorbike", "scooter")),
                "bicycle":       ((119, 11, 32),   ("bike",))}
-_TABLE = preset(toy=TOY_CLASSES, paper=CITYSCAPES_CLASSES)         # your own classes: a table like these
+_TABLE = preset(toy=TOY_CLASSES, paper=CITYSCAPES_CLASSES)         # your own classes: a table like these, and what the pictures show:
+SCENES, PLACE = "urban street scenes", "a street"                  # for the LLM's prompts and synonyms
 CLASSES = list(_TABLE)
 COLOURS = np.array([colour for colour, _ in _TABLE.values()], np.uint8)
 SYNONYMS = {name: words for name, (_, words) in _TABLE.items()}
@@ -368,7 +369,9 @@ SYNONYMS = {name: words for name, (_, words) in _TABLE.items()}
 CITYSCAPES_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
 SYNTHIA_IDS = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12, 8: 13, 18: 14, 19: 15, 20: 16, 12: 17, 11: 18}
 MAPILLARY_IDS = {13: 0, 24: 0, 41: 0, 2: 1, 15: 1, 17: 2, 6: 3, 3: 4, 45: 5, 47: 5, 48: 6, 50: 7, 30: 8, 29: 9, 27: 10, 19: 11, 20: 12, 21: 12, 22: 12,
-                 55: 13, 61: 14, 54: 15, 58: 16, 57: 17, 52: 18}
+                 55: 13, 61: 14, 54: 15, 58: 16, 57: 17, 52: 18}                    # v1.2, the paper's choice
+MAPILLARY_V2_IDS = {21: 0, **{i: 0 for i in range(35, 56) if i != 45}, 57: 0, 74: 0, 4: 1, 24: 1, 27: 2, 12: 3, 5: 4, 85: 5, 86: 5, 88: 5, **{i: 6 for i in range(90, 96)},
+                    **{i: 7 for i in (99, 100, 101, 103)}, 64: 8, 63: 9, 61: 10, 30: 11, 32: 12, 33: 12, 34: 12, 108: 13, 114: 14, 107: 15, 111: 16, 110: 17, 105: 18}     # ours: v1.2's choice by name
 
 
 def colourise(label):
@@ -379,49 +382,61 @@ def colourise(label):
 
 
 # ============================================================================ the data
-#              images under DATA ({split}: train or val)                  label of an image: text of its path replaced                          ids
+# as downloaded:  ids, then one or more (images under DATA, what to replace in an image's path to get its label's); {split} is train or val, {Split} Mapillary's word for it
 LAYOUTS = {
-    "gta":        ("gta/images/*.png",                                    (("/images/", "/labels/"),),                                          CITYSCAPES_IDS),
-    "synthia":    ("synthia/RGB/*.png",                                   (("/RGB/", "/GT/LABELS/"),),                                          SYNTHIA_IDS),
-    "cityscapes": ("cityscapes/leftImg8bit/{split}/*/*_leftImg8bit.png",  (("/leftImg8bit/", "/gtFine/"), ("_leftImg8bit.png", "_gtFine_labelIds.png")), CITYSCAPES_IDS),
-    "bdd":        ("bdd100k/images/10k/{split}/*.jpg",                    (("/images/10k/", "/labels/sem_seg/masks/"), (".jpg", ".png")),       None),
-    "mapillary":  ("mapillary/{mapillary_split}/images/*.jpg",            (("/images/", "/labels/"), (".jpg", ".png")),                         MAPILLARY_IDS),
-    **{f"acdc_{condition}": (f"acdc/rgb_anon/{condition}/{{split}}/**/*_rgb_anon.png", (("/rgb_anon/", "/gt/"), ("_rgb_anon.png", "_gt_labelTrainIds.png")), None)
-       for condition in ("fog", "night", "rain", "snow")}}
+    "gta":          (CITYSCAPES_IDS, ("gta/images/*.png", {"/images/": "/labels/"})),
+    "synthia":      (SYNTHIA_IDS, ("synthia/RGB/*.png", {"/RGB/": "/GT/LABELS/"})),
+    "cityscapes":   (CITYSCAPES_IDS, ("cityscapes/leftImg8bit/{split}/*/*_leftImg8bit.png", {"/leftImg8bit/": "/gtFine/", "_leftImg8bit.png": "_gtFine_labelIds.png"})),
+    "bdd":          (None, ("bdd100k/images/10k/{split}/*.jpg", {"/images/10k/": "/labels/sem_seg/masks/", ".jpg": ".png"}),
+                           ("bdd100k/seg/images/{split}/*.jpg", {"/images/": "/labels/", ".jpg": "_train_id.png"})),                 # the first release
+    "mapillary":    (MAPILLARY_IDS, ("mapillary/{Split}/images/*.jpg", {"/images/": "/labels/", ".jpg": ".png"}),                    # the archive of v1.2
+                                    ("mapillary/{Split}/images/*.jpg", {"/images/": "/v1.2/labels/", ".jpg": ".png"})),              # the archive of v2.0 holds both
+    "mapillary_v2": (MAPILLARY_V2_IDS, ("mapillary/{Split}/images/*.jpg", {"/images/": "/v2.0/labels/", ".jpg": ".png"})),
+    **{f"acdc{condition and '_'}{condition}": (None, (f"acdc/rgb_anon/{condition or '*'}/{{split}}/**/*_rgb_anon.png", {"/rgb_anon/": "/gt/", "_rgb_anon.png": "_gt_labelTrainIds.png"}))
+       for condition in ("", "fog", "night", "rain", "snow")}}
 
 GTA_MISMATCHED = {15188, 17705, *range(20801, 20861)}      # 62 of 24,966: label and image differ in size; the official list leaves the same ones out
+COUNTS = {"gta": (24_904, 24_904), "synthia": (9_400, 9_400), "cityscapes": (2_975, 500), "bdd": (7_000, 1_000), "mapillary": (18_000, 2_000), "mapillary_v2": (18_000, 2_000),
+          "acdc": (1_600, 406), "acdc_fog": (400, 100), "acdc_night": (400, 106), "acdc_rain": (400, 100), "acdc_snow": (400, 100)}                     # pairs of train, val
 
 
 def pairs(name, split):
     """All (image path, label path) of a data set, sorted. `folder:PATH` is PATH/images/* with PATH/labels/STEM.png of train ids.
 
-    split: "train" or "val"; a folder has none. Raises Stop with what is missing."""
+    split: "train" or "val"; a folder, GTA5 and SYNTHIA have none. Of several layouts the first one with a label counts. Raises Stop with what is missing."""
     if name.startswith("folder:"):
         root = Path(name.removeprefix("folder:"))
         if not (root / "images").is_dir():
             raise Stop(f"no {root}/images\n  {name} means images in {root}/images and PNGs of train ids with the same stem in {root}/labels")
-        images = sorted(p for p in (root / "images").iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
-        found = [(image, root / "labels" / f"{image.stem}.png") for image in images]
         where = root / "images"
+        found = [(image, root / "labels" / f"{image.stem}.png") for image in sorted(where.iterdir()) if image.suffix.lower() in (".png", ".jpg", ".jpeg")]
     elif name in LAYOUTS:
-        pattern, replaced, _ = LAYOUTS[name]
-        pattern = pattern.format(split=split, mapillary_split={"train": "training", "val": "validation"}[split])
-        found, where = [], f"{DATA}/{pattern}"
-        for image in sorted(Path(DATA).glob(pattern)):
-            label = str(image)
-            for old, new in replaced:
-                label = label.replace(old, new)
-            if name != "gta" or not image.stem.isdigit() or int(image.stem) not in GTA_MISMATCHED:
-                found.append((image, Path(label)))
+        found, layouts = [], _layouts(name, split)
+        where = " or ".join(f"{DATA}/{pattern}" for pattern, _ in layouts)
+        for pattern, replaced in layouts:
+            images = [p for p in sorted(Path(DATA).glob(pattern)) if name != "gta" or not p.stem.isdigit() or int(p.stem) not in GTA_MISMATCHED]
+            if not any(label.exists() for _, label in found):
+                found = [(image, _label_path(image, replaced)) for image in images] or found
     else:
         near = difflib.get_close_matches(name, LAYOUTS, 1)
         raise Stop(f"{name} is not a data set" + (f"; did you mean {near[0]}?" if near else "") + f" There are: {', '.join(LAYOUTS)}, folder:PATH")
     if not found:
         raise Stop(f"no images at {where}\n  README, 'Data', says where {name} comes from. To try the code without it: PRESET=toy")
-    lonely = [image for image, label in found if not label.exists()]
+    lonely = [(image, label) for image, label in found if not label.exists()]
     if lonely:
-        raise Stop(f"{len(lonely)} of {len(found)} images of {name} have no label, the first is {lonely[0]}\n  expected it at {dict(found)[lonely[0]]}")
+        raise Stop(f"{len(lonely)} of {len(found)} images of {name} have no label, the first is {lonely[0][0]}\n  expected it at {lonely[0][1]}")
     return found
+
+
+def _layouts(name, split):
+    return [(pattern.format(split=split, Split={"train": "training", "val": "validation"}[split]), replaced) for pattern, replaced in LAYOUTS[name][1:]]
+
+
+def _label_path(image, replaced):
+    path = str(image.relative_to(DATA))
+    for old, new in replaced.items():
+        path = path.replace(old, new)
+    return Path(DATA) / path
 
 
 def toy_data(*names):
@@ -438,23 +453,24 @@ def read_image(path):
     from PIL import ImageOps
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError) as problem:
+            upright = ImageOps.exif_transpose(image) if image.getexif().get(274, 1) != 1 else image        # without a turn it would only copy
+            return upright.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
         raise Stop(f"{path} cannot be read as an image ({problem}): copy or make it again") from None
 
 
 def read_label(path, name, size):
     """-> uint8 (H, W) train ids. `name` is the data set (its ids are mapped), `size` the image's (width, height). Raises Stop."""
-    ids = LAYOUTS[name][2] if name in LAYOUTS else None
+    ids = LAYOUTS[name][0] if name in LAYOUTS else None
     try:
-        if name == "synthia":                       # 16-bit, three channels: the class is the first; PIL would cut it to 8 bits
-            from torchvision.io import ImageReadMode, read_file, decode_png
-            label = decode_png(read_file(str(path)), ImageReadMode.UNCHANGED)[0].numpy()
-        else:
-            with Image.open(path) as file:          # of a palette PNG this gives the indices, which are the ids
-                label = np.asarray(file)
-    except (OSError, RuntimeError, SyntaxError) as problem:
+        with Image.open(path) as file:
+            if name == "synthia":                   # three channels of 16 bits, the class is the first. PIL keeps the high byte of each: let it take the low one for it
+                file.tile = [(*tile[:3], "RGB;16L") if tile[3] == "RGB;16B" else tile for tile in file.tile]
+            label = np.asarray(file)                # of a palette PNG these are the indices, which are the ids
+    except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
         raise Stop(f"{path} cannot be read as a label ({str(problem).splitlines()[0]}): copy or make it again") from None
+    if name == "synthia" and label.ndim == 3:
+        label = label[..., 0]
     if label.ndim != 2:
         raise Stop(f"{path} has {label.shape[-1]} channels: expected one channel of ids, not colours")
     if label.shape != size[::-1]:
@@ -462,11 +478,67 @@ def read_label(path, name, size):
     if ids is not None:
         table = np.full(256, IGNORE, np.uint8)
         table[list(ids)] = list(ids.values())
-        return table[np.where(label < 256, label, 255).astype(np.uint8)]
+        return table[np.where((label >= 0) & (label < 256), label, 255).astype(np.uint8)]
     unknown = label[(label >= len(CLASSES)) & (label != IGNORE)]
     if unknown.size:
         raise Stop(f"{path} holds the id {unknown[0]}: expected train ids 0 to {len(CLASSES) - 1}, or {IGNORE} for none")
     return label.astype(np.uint8)
+
+
+def legend(width, names=None, row=20):
+    """The classes' names and colours as a strip, uint8 (rows, width, 3), as many rows as they need."""
+    from PIL import ImageDraw
+    entries = [(name, tuple(COLOURS[CLASSES.index(name)].tolist())) for name in names or CLASSES] + [("no label", (0, 0, 0))]
+    step = max(len(name) for name, _ in entries) * 7 + row + 6
+    columns = max(1, width // step)
+    strip = Image.new("RGB", (width, -(-len(entries) // columns) * row), "white")
+    draw = ImageDraw.Draw(strip)
+    for i, (name, colour) in enumerate(entries):
+        y, x = i // columns * row, i % columns * step
+        draw.rectangle((x + 3, y + 3, x + row - 4, y + row - 4), fill=colour, outline="black")
+        draw.text((x + row, y + 4), name, fill="black")
+    return np.asarray(strip)
+
+
+def check(name, looked_at=100):
+    """Look through a data set before hours are spent on it: counts, the size of every pair, the ids of some labels, and a sheet to look at with one's own eyes.
+
+    Writes RUN/check/NAME_SPLIT.png. Raises Stop at the first thing that is wrong."""
+    splits = ["train"] if name.startswith("folder:") or name in ("gta", "synthia") else ["train", "val"]
+    if name in LAYOUTS and len(splits) == 2:                            # a target needs no training split
+        splits = [s for s in splits if any(next(Path(DATA).glob(pattern), None) for pattern, _ in _layouts(name, s))] or ["val"]
+    for split in splits:
+        found, shares, sheet = pairs(name, split), np.zeros(256), []
+        wanted = COUNTS[name][split == "val"] if name in COUNTS else len(found)
+        for image, label in found:                                      # the headers only
+            try:
+                with Image.open(image) as a, Image.open(label) as b:
+                    if a.size != b.size:
+                        raise Stop(f"{label} is {b.size[0]} x {b.size[1]}, {image} is {a.size[0]} x {a.size[1]}: label and image must have one size")
+            except (OSError, SyntaxError) as problem:
+                raise Stop(f"{image} or its label {label} cannot be read ({problem}): copy it again") from None
+        some = [found[i] for i in np.unique(np.linspace(0, len(found) - 1, looked_at).astype(int))]
+        for i, (path, label_path) in enumerate(some):
+            image = read_image(path)
+            label = read_label(label_path, name, image.size)
+            shares += np.bincount(label.ravel(), minlength=256) / label.size / len(some)
+            if i % -(-len(some) // 6) == 0:
+                small = (384, round(384 * image.height / image.width))
+                sheet.append([np.asarray(image.resize(small)), np.asarray(Image.fromarray(colourise(label)).resize(small, Image.NEAREST))])
+        low = min(a.shape[0] for a, _ in sheet)
+        sheet = [np.concatenate([x[:low] for x in row], 1) for row in sheet]
+        picture = np.concatenate([np.concatenate(sheet[i:i + 2], 1) for i in range(0, len(sheet) - 1, 2)] or sheet)
+        out = Path(RUN) / "check" / f"{Path(name.removeprefix('folder:')).name}_{split}.png"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with whole(out) as part:
+            Image.fromarray(np.concatenate([picture, legend(picture.shape[1])])).save(part, "PNG")
+        print(f"{name} {split}: {len(found)} pairs, every size agrees; look at {out}\n  share of pixels in {len(some)} of them: "
+              + ", ".join(f"{c} {100 * shares[i]:.1f} %" for i, c in enumerate(CLASSES)) + f"; no label {100 * shares[IGNORE]:.1f} %")
+        never = [c for i, c in enumerate(CLASSES) if not shares[i]]
+        if never:
+            print(f"  not seen in them: {', '.join(never)}")
+        if len(found) != wanted:
+            raise Stop(f"{name} {split} has {len(found)} pairs, officially {wanted}: an archive is missing or was not unpacked whole")
 
 
 def randomness(*address):
@@ -892,3 +964,11 @@ def load_model(path, encoder=None):
     decoder = Decoder(**about["decoder"])
     decoder.load_state_dict({k.removeprefix("decoder."): v for k, v in tensors.items() if k.startswith("decoder.")})
     return encoder.eval(), decoder.eval(), about
+
+
+if __name__ == "__main__":                                               # python common.py gta cityscapes ...: check data before use
+    try:
+        for data_set in sys.argv[1:] or sys.exit(f"python common.py NAME ...   checks data sets under {DATA}/: {', '.join(LAYOUTS)}, folder:PATH"):
+            check(data_set)
+    except Stop as stop:
+        sys.exit(f"common.py: {stop}")

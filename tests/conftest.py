@@ -21,7 +21,7 @@ import world
 
 SMALL = {"01_prompts": ["--N_PROMPTS=14"], "02_generate": ["--N_IMAGES=6", "--STEPS=2", "--GROUP=2"],
          "03_train_source": ["--ITERATIONS=8", "--BATCH=2", "--POINTS=128", "--SAVE_EVERY=2", "--LOG_EVERY=1"],
-         "04_selftrain": ["--ITERATIONS=6", "--N_SOURCE=1", "--N_GENERATED=2", "--POINTS=128", "--SAVE_EVERY=2", "--LOG_EVERY=1", "--PREVIEW_EVERY=3"], "05_eval": []}
+         "04_selftrain": ["--ITERATIONS=6", "--N_SOURCE=1", "--N_GENERATED=2", "--POINTS=128", "--SAVE_EVERY=2", "--LOG_EVERY=1", "--PREVIEW_EVERY=3", "--KEEP_EVERY=3"], "05_eval": []}
 
 
 def script(name, *arguments, run, data, **more):

@@ -24,16 +24,55 @@ def nineteen(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name, image, label", [
     ("gta", "gta/images/00001.png", "gta/labels/00001.png"), ("cityscapes", "cityscapes/leftImg8bit/val/bonn/bonn_0_leftImg8bit.png", "cityscapes/gtFine/val/bonn/bonn_0_gtFine_labelIds.png"),
-    ("acdc_fog", "acdc/rgb_anon/fog/val/GOPR1/a_rgb_anon.png", "acdc/gt/fog/val/GOPR1/a_gt_labelTrainIds.png"), ("bdd", "bdd100k/images/10k/val/a.jpg", "bdd100k/labels/sem_seg/masks/val/a.png"),
-    ("mapillary", "mapillary/validation/images/a.jpg", "mapillary/validation/labels/a.png")])
+    ("acdc_fog", "acdc/rgb_anon/fog/val/GOPR1/a_rgb_anon.png", "acdc/gt/fog/val/GOPR1/a_gt_labelTrainIds.png"), ("acdc_fog", "acdc/rgb_anon/fog/val/a_rgb_anon.png", "acdc/gt/fog/val/a_gt_labelTrainIds.png"),
+    ("acdc", "acdc/rgb_anon/rain/val/GP1/a_rgb_anon.png", "acdc/gt/rain/val/GP1/a_gt_labelTrainIds.png"),
+    ("bdd", "bdd100k/images/10k/val/a.jpg", "bdd100k/labels/sem_seg/masks/val/a.png"), ("bdd", "bdd100k/seg/images/val/a.jpg", "bdd100k/seg/labels/val/a_train_id.png"),
+    ("mapillary", "mapillary/validation/images/a.jpg", "mapillary/validation/labels/a.png"), ("mapillary", "mapillary/validation/images/a.jpg", "mapillary/validation/v1.2/labels/a.png"),
+    ("mapillary_v2", "mapillary/validation/images/a.jpg", "mapillary/validation/v2.0/labels/a.png")])
 def test_each_layout_is_read_as_downloaded(nineteen, name, image, label):
     nineteen(image, np.zeros((2, 3, 3)))
-    ids = {"gta": [[7, 26, 34], [0, 33, 24]], "cityscapes": [[7, 26, 29], [0, 33, 24]], "mapillary": [[13, 55, 0], [24, 52, 19]]}.get(name, [[0, 13, 255], [255, 18, 11]])
-    nineteen(label, ids, "P" if name in ("gta", "mapillary") else None)
+    ids = {"gta": [[7, 26, 34], [0, 33, 24]], "cityscapes": [[7, 26, 29], [0, 33, 24]], "mapillary": [[13, 55, 0], [23, 52, 19]], "mapillary_v2": [[21, 108, 0], [45, 105, 30]]}
+    nineteen(label, ids.get(name, [[0, 13, 255], [255, 18, 11]]), "P" if name in ("gta", "mapillary", "mapillary_v2") else None)
     (found_image, found_label), = common.pairs(name, "val")
-    truth = common.read_label(found_label, name, (3, 2))
-    expected = [[0, 13, IGNORE], [0, 18, 11]] if name == "mapillary" else [[0, 13, IGNORE], [IGNORE, 18, 11]]
-    assert str(found_image).endswith(image) and truth.tolist() == expected
+    assert str(found_image).endswith(image) and common.read_label(found_label, name, (3, 2)).tolist() == [[0, 13, IGNORE], [IGNORE, 18, 11]]
+
+
+def test_reference_images_of_acdc_are_not_targets(nineteen):
+    for folder in ("val", "val_ref"):
+        nineteen(f"acdc/rgb_anon/fog/{folder}/GOPR1/a_{'rgb_ref' if 'ref' in folder else 'rgb'}_anon.png", np.zeros((2, 3, 3)))
+    nineteen("acdc/gt/fog/val/GOPR1/a_gt_labelTrainIds.png", np.zeros((2, 3)))
+    assert len(common.pairs("acdc_fog", "val")) == 1
+
+
+def test_an_image_without_its_label_is_named_with_the_place_where_it_was_expected(nineteen):
+    for name in "ab":
+        nineteen(f"bdd100k/images/10k/val/{name}.jpg", np.zeros((2, 3, 3)))
+    nineteen("bdd100k/labels/sem_seg/masks/val/a.png", np.zeros((2, 3)))
+    with pytest.raises(common.Stop, match=r"1 of 2 images of bdd have no label, the first is .*val/b.jpg\n  expected it at .*masks/val/b.png"):
+        common.pairs("bdd", "val")
+
+
+def test_a_folder_above_that_is_named_like_a_part_of_the_layout_does_no_harm(nineteen, monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "DATA", str(tmp_path / "images/RGB"))
+    nineteen("images/RGB/synthia/RGB/0.png", np.zeros((1, 3, 3)))
+    nineteen("images/RGB/synthia/GT/LABELS/0.png", np.zeros((1, 3, 3)))
+    assert common.pairs("synthia", "train")[0][1] == tmp_path / "images/RGB/synthia/GT/LABELS/0.png"
+
+
+def test_checking_a_data_set_tells_what_is_wrong_with_it(nineteen, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(common, "RUN", str(tmp_path / "run"))
+    monkeypatch.setattr(common, "COLOURS", np.array([c for c, _ in common.CITYSCAPES_CLASSES.values()], np.uint8))
+    for i in range(4):
+        nineteen(f"acdc/rgb_anon/fog/val/G/{i}_rgb_anon.png", np.zeros((8, 12, 3)))
+        nineteen(f"acdc/gt/fog/val/G/{i}_gt_labelTrainIds.png", np.where(np.arange(12) < 3, 10, 255)[None].repeat(8, 0))
+    with pytest.raises(common.Stop, match="acdc_fog val has 4 pairs, officially 100"):
+        common.check("acdc_fog")
+    said = capsys.readouterr().out
+    assert "sky 25.0 %" in said and "no label 75.0 %" in said and "not seen in them: road, " in said
+    assert Image.open(tmp_path / "run/check/acdc_fog_val.png").width == 4 * 384
+    nineteen("acdc/gt/fog/val/G/2_gt_labelTrainIds.png", np.zeros((8, 11)))
+    with pytest.raises(common.Stop, match="2_gt_labelTrainIds.png is 11 x 8, .* is 12 x 8"):
+        common.check("acdc_fog")
 
 
 def test_synthia_labels_are_sixteen_bit_and_the_class_is_the_first_channel(nineteen, tmp_path):
@@ -58,6 +97,7 @@ def test_the_gta_pairs_of_unequal_size_are_left_out(nineteen):
 
 def test_the_id_maps_name_nineteen_classes():
     assert sorted(common.CITYSCAPES_IDS.values()) == list(range(19)) and sorted(set(common.MAPILLARY_IDS.values())) == list(range(19)) and sorted(common.SYNTHIA_IDS.values()) == list(range(19))
+    assert sorted(set(common.MAPILLARY_V2_IDS.values())) == list(range(19)) and len(common.MAPILLARY_IDS) == 25
 
 
 def test_crops_keep_image_and_label_together():

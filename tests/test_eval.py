@@ -1,7 +1,10 @@
 """Scores counted by hand."""
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+import common
 from conftest import fresh
 
 IGNORE = 255
@@ -48,3 +51,98 @@ def test_sixteen_classes_are_the_mean_of_their_own_ious(stage):
 def test_the_matrix_of_two_images_is_their_sum_not_a_mean_of_means(stage):
     a, b = stage.confusion(np.zeros(9, int), np.zeros(9, int), 3), stage.confusion(np.ones(1, int), np.zeros(1, int), 3)
     assert np.allclose(stage.iou(a + b)[:2], [9 / 10, 0])
+
+
+# ---------------------------------------------------------------------------- against cityscapesScripts
+def official(tmp_path, pairs_of_ids):
+    """cityscapesScripts' own mean and class scores of [(prediction, truth)] in label ids."""
+    scripts = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
+    args = scripts.args
+    args.evalInstLevelScore = args.evalPixelAccuracy = args.JSONOutput = False
+    args.quiet = True
+    files = []
+    for i, arrays in enumerate(pairs_of_ids):
+        files.append([str(tmp_path / f"{kind}_{i}.png") for kind in ("prediction", "truth")])
+        for file, array in zip(files[-1], arrays):
+            Image.fromarray(array.astype(np.uint8)).save(file)
+    found = scripts.evaluateImgLists(*map(list, zip(*files)), args)
+    return found["averageScoreClasses"], found["classScores"]
+
+
+def made_maps(classes, n=3):
+    """n pairs (prediction, truth) of label ids with nothing random in them: an eighth has no label, and with few classes most are absent from the truth."""
+    ids, (y, x) = np.array(list(common.CITYSCAPES_IDS)), np.indices((40, 60))
+    for i in range(n):
+        truth = ids[np.array(classes)[(y * 7 + x * x + i * 13) // 5 % len(classes)]] * ((y + 3 * x + i) % 8 > 0)
+        yield np.where((y * x + i) % 5 < 3, np.maximum(truth, 7), ids[(3 * y + x * y + 5 * i) % 19]), truth
+
+
+def ours(stage, monkeypatch, pairs_of_ids):
+    """The same by 05_eval: mean, {class: IoU}, both in 0..1."""
+    names, train_id = list(common.CITYSCAPES_CLASSES), np.full(256, IGNORE)
+    train_id[list(common.CITYSCAPES_IDS)] = np.arange(19)
+    monkeypatch.setattr(stage, "CLASSES", names)
+    monkeypatch.setattr(stage, "SCORED", tuple(names))
+    matrix = sum(stage.confusion(train_id[truth], train_id[guess], 19) for guess, truth in pairs_of_ids)
+    return stage.mean_iou(matrix)[0] / 100, dict(zip(names, stage.iou(matrix)))
+
+
+@pytest.mark.parametrize("classes, said, car", [(list(range(19)), 0.5332332634687246, 0.541371158392435), ([0, 2, 10, 13], 0.13932932389618402, 0.6664691943127962)])
+def test_native_is_what_cityscapesscripts_said_of_the_same_maps(classes, said, car, stage, monkeypatch):
+    mean, each = ours(stage, monkeypatch, made_maps(classes))                     # recorded from cityscapesScripts 2.3.0
+    assert abs(mean - said) < 1e-9 and abs(each["car"] - car) < 1e-9
+
+
+@pytest.mark.parametrize("classes", [list(range(19)), [0, 2, 10, 13]])
+def test_native_equals_cityscapesscripts_if_it_is_installed(classes, stage, monkeypatch, tmp_path):
+    mean, each = official(tmp_path, made_maps(classes))
+    our_mean, our_each = ours(stage, monkeypatch, made_maps(classes))
+    assert abs(our_mean - mean) < 1e-9
+    assert all(np.isnan(each[name]) and np.isnan(own) or abs(each[name] - own) < 1e-9 for name, own in our_each.items())
+
+
+# ---------------------------------------------------------------------------- from class scores to a label
+def test_classes_taken_a_few_at_a_time_win_where_all_at_once_would(stage):
+    scores = torch.rand(1, 11, 7, 9, generator=torch.Generator().manual_seed(0))
+    large = torch.nn.functional.interpolate(scores, (20, 31), mode="bilinear", align_corners=False)
+    assert (stage.class_map(scores, (20, 31)) == large.argmax(1)[0].numpy()).all()
+    scores[:, 9] = scores[:, 2] = 2.                                               # of two equals the first wins, as in argmax
+    assert (stage.class_map(scores, (7, 9)) == 2).all()
+
+
+@pytest.mark.parametrize("length, window, expected", [(10, 10, [0]), (8, 10, [0]), (16, 10, [0, 6]), (17, 10, [0, 4, 7]), (30, 12, [0, 6, 12, 18])])
+def test_windows_cover_a_length_and_overlap_by_a_third(stage, length, window, expected):
+    assert stage.starts(length, window) == expected
+
+
+def test_windows_and_the_mirrored_picture_average_the_scores(stage, monkeypatch):
+    pixels = torch.arange(5 * 7).reshape(1, 1, 5, 7).repeat(1, 3, 1, 1).to(torch.uint8)
+    pointwise = lambda encoder, decoder, x: x.float()                              # a network that sees one pixel: windows must change nothing
+    monkeypatch.setattr(common, "predict", pointwise)
+    for stage.WINDOW in (0, 3):
+        assert torch.allclose(stage.class_scores(None, None, pixels), pixels.float())
+        stage.FLIP = True
+        assert torch.allclose(stage.class_scores(None, None, pixels), 2 * pixels.float())
+        stage.FLIP = False
+    monkeypatch.setattr(common, "predict", lambda encoder, decoder, x: torch.arange(x.shape[-1]).float().expand(1, 3, *x.shape[-2:]))
+    stage.WINDOW, stage.FLIP = 0, True
+    assert (stage.class_scores(None, None, pixels) == 6).all()                     # column x and its mirror 6 - x
+
+
+def test_conditions_of_acdc_are_also_one_matrix(stage):
+    row = {"name": "a", "mean_miou": 50., "targets": {t: {"miou": 50., "iou": {"a": 40., "b": None, "c": 60.}} for t in ("acdc_fog", "acdc_rain", "bdd")}}
+    assert stage.together(row) == {"acdc, one matrix": ["acdc_fog", "acdc_rain"]} and stage.together({"targets": {"acdc_fog": {}}}) == {}
+    text = stage.table({"classes": ["a", "b", "c"], "rows": [{**row, "together": {"acdc, one matrix": {"miou": 45.}}}]})
+    assert "| a | 50.0 | 50.0 | 50.0 | **50.0** | 45.0 |" in text and "| a | 40 | - | 60 |" in text
+
+
+def test_where_classes_are_left_out_the_mean_of_all_is_given_too(stage):
+    row = {"name": "a", "mean_miou": 50., "targets": {"x": {"miou": 50., "miou_all": 42.1, "iou": {"a": 50.}}}}
+    assert "mean of all 3 classes, not of 1 | x | mean |\n|---|---:|---:|\n| a | 42.1 | **42.1** |" in stage.table({"classes": ["a"], "rows": [row]})
+
+
+def test_bars_are_as_long_as_the_iou(stage, tmp_path):
+    row = {"name": "run", "mean_miou": 50., "targets": {"x": {"iou": {"a": 50., "b": None}}}}
+    stage.draw_classes(tmp_path / "c.png", {"rows": [row], "classes": ["a", "b"]})
+    blue = (np.asarray(Image.open(tmp_path / "c.png")) == stage.PAINT[0]).all(-1)[30:]
+    assert blue.sum(1).max() == 211                                                # half of 420, both ends painted

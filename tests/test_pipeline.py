@@ -123,14 +123,25 @@ def test_shards_paint_what_one_job_paints(finished, data, tmp_path):
     assert same("02_generate", whole, tmp_path)
 
 
+def test_checkpoints_kept_on_the_way_are_scored_if_asked(finished, data, tmp_path):
+    run, _ = finished
+    done = script("05_eval", "--STEPS=True", f"--CHECKPOINTS={run}/04_selftrain", f"--TARGETS=folder:{data}/toy/day", f"--OUT={tmp_path}/out", run=run, data=data)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    assert [(row["name"], row["iteration"]) for row in rows] == [("04_selftrain/step_000003", 3), ("04_selftrain", 6)]
+    assert (tmp_path / "out/classes.png").exists() and Image.open(tmp_path / "out/panels/day.png").width == 256 * 6      # image, two predictions, truth, two errors
+
+
 def test_pictures_of_any_kind_are_labelled_and_a_broken_one_is_named(finished, data, tmp_path):
     whole, _ = finished
     photos = tmp_path / "photos"
     photos.mkdir()
     Image.new("RGBA", (90, 70)).save(photos / "a.png"), Image.new("L", (301, 33)).save(photos / "b.png"), Image.new("P", (64, 64)).save(photos / "c.png")
+    (photos / "more").mkdir()
+    Image.new("RGB", (40, 50)).save(photos / "more/e.png"), Image.new("RGB", (50, 40)).save(photos / "more/e.jpg")
     (photos / "d.jpg").write_bytes(b"not a picture")
     done = script("05_eval", f"--IMAGES={photos}", f"--OUT={tmp_path}/out", run=whole, data=data)
     assert "d.jpg" in done.stderr and done.returncode == 1
-    for stem, size in (("a", (90, 70)), ("b", (301, 33)), ("c", (64, 64))):
+    for stem, size in (("a", (90, 70)), ("b", (301, 33)), ("c", (64, 64)), ("more/e.png", (40, 50)), ("more/e.jpg", (50, 40))):
         ids = Image.open(tmp_path / "out/images/train_ids" / f"{stem}.png")
         assert ids.size == size and np.asarray(ids).max() < 12
