@@ -180,23 +180,21 @@ def class_means(row, classes):
     return [float(np.mean(c)) if c else None for c in cells]
 
 
-PAINT = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194), (127, 127, 127))      # a colour per checkpoint
-
-
 def draw_classes(path, results):
     """IoU of every class (mean of the targets) as bars, one per checkpoint."""
+    paint = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194), (127, 127, 127))
     rows, classes, bar, wide, low = results["rows"], results["classes"], 11, 420, 110
     step = bar * len(rows) + 8
     sheet = Image.new("RGB", (low + wide + 60, 24 + 18 * len(rows) + step * len(classes)), "white")
     draw = ImageDraw.Draw(sheet)
     for k, row in enumerate(rows):
-        draw.rectangle((8, 8 + 18 * k, 18, 18 + 18 * k), fill=PAINT[k % len(PAINT)])
+        draw.rectangle((8, 8 + 18 * k, 18, 18 + 18 * k), fill=paint[k % len(paint)])
         draw.text((26, 7 + 18 * k), f"{row['name']}: mIoU {row['mean_miou']:.1f}", fill="black")
         for i, value in enumerate(class_means(row, classes)):
             y = 20 + 18 * len(rows) + i * step
             if k == 0:
                 draw.text((8, y + (step - 20) // 2), classes[i], fill="black")
-            draw.rectangle((low, y + bar * k, low + wide * (value or 0) / 100, y + bar * k + bar - 2), fill=PAINT[k % len(PAINT)])
+            draw.rectangle((low, y + bar * k, low + wide * (value or 0) / 100, y + bar * k + bar - 2), fill=paint[k % len(paint)])
             draw.text((low + wide * (value or 0) / 100 + 4, y + bar * k - 2), "-" if value is None else f"{value:.0f}", fill="black")
     with common.whole(path) as part:
         sheet.save(part, "PNG")

@@ -144,5 +144,5 @@ def test_where_classes_are_left_out_the_mean_of_all_is_given_too(stage):
 def test_bars_are_as_long_as_the_iou(stage, tmp_path):
     row = {"name": "run", "mean_miou": 50., "targets": {"x": {"iou": {"a": 50., "b": None}}}}
     stage.draw_classes(tmp_path / "c.png", {"rows": [row], "classes": ["a", "b"]})
-    blue = (np.asarray(Image.open(tmp_path / "c.png")) == stage.PAINT[0]).all(-1)[30:]
+    blue = (np.asarray(Image.open(tmp_path / "c.png")) == (31, 119, 180)).all(-1)[30:]
     assert blue.sum(1).max() == 211                                                # half of 420, both ends painted
