@@ -19,6 +19,7 @@ third column of the previews looks better than the second.
 """
 import copy
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -106,12 +107,37 @@ def build_sam(config):
                pixel_mean=[123.675, 116.28, 103.53], pixel_std=[58.395, 57.12, 57.375])
 
 
-SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth", "vit_h": "sam_vit_h_4b8939.pth"}
+SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth", "vit_h": "sam_vit_h_4b8939.pth"}       # 0.4, 1.2, 2.6 GB
+SAM_PAGE = "https://dl.fbaipublicfiles.com/segment_anything/"
 
 
 def sam_file(name):
     """Where the weights of a SAM lie: the official file of a registry name, or model.safetensors of a folder."""
     return f"weights/{SAM_FILES[name]}" if name in SAM_FILES else f"{common.local(name)}/model.safetensors"
+
+
+def to_fetch(name):
+    """Whether these are official weights that are not there and whose page answers."""
+    return name in SAM_FILES and not Path(sam_file(name)).exists() and os.environ.get("HF_HUB_OFFLINE") != "1" and common.reachable(SAM_PAGE.split("/")[2])
+
+
+def fetch_sam(name):
+    """Download official weights. Their file names end in the start of their MD5: what broke on the way is not kept. Raises Stop."""
+    import hashlib
+    file = Path(sam_file(name))
+    part = file.with_suffix(".part")
+    print(f"fetching {SAM_PAGE}{file.name}, once")
+    file.parent.mkdir(exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(SAM_PAGE + file.name, str(part))
+        digest = hashlib.md5(part.read_bytes()).hexdigest()
+        if not digest.startswith(file.stem[-6:]):
+            raise Stop(f"{file.name} did not arrive whole ({part.stat().st_size} bytes, MD5 {digest}): try again, or get it by hand from {SAM_PAGE}")
+        os.replace(part, file)
+    except OSError as problem:
+        raise Stop(f"{file.name} could not be fetched ({problem}): try again, or get it by hand from {SAM_PAGE}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_sam(name):
@@ -323,9 +349,13 @@ def main():
     if N_SOURCE < 1 or N_GENERATED < 0 or ITERATIONS < 1 or SAM_POINTS < 1:
         raise Stop(f"N_SOURCE={N_SOURCE}, N_GENERATED={N_GENERATED}, ITERATIONS={ITERATIONS}, SAM_POINTS={SAM_POINTS}: only N_GENERATED may be 0")
     use_sam = REFINE != "off" and N_GENERATED > 0
+    fetch = use_sam and to_fetch(SAM)
     common.need((INIT, "03_train_source.py writes it when it is finished: run that first, or name a checkpoint: --INIT=PATH"),
                 *([(GENERATED, "02_generate.py writes it when it is finished: run that first. To train without painted images: --N_GENERATED=0")] if N_GENERATED else []),
-                *([(sam_file(SAM), "README, 'Weights', says where SAM comes from. To do without it: --REFINE=off")] if use_sam else []))
+                *([(sam_file(SAM), (f"get {SAM_PAGE}{SAM_FILES[SAM]}" if SAM in SAM_FILES else "give a folder of config.json and model.safetensors, or vit_b, vit_l, vit_h")
+                   + ". To do without it: --REFINE=off")] if use_sam and not fetch else []))
+    if fetch:
+        fetch_sam(SAM)
     common.toy_data(SOURCE)
     source = common.pairs(SOURCE, "train")
     painted = read_generated(GENERATED) if N_GENERATED else []

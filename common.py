@@ -310,18 +310,22 @@ def from_hub(what, instead):
         raise Stop(f"{what} could not be loaded ({type(problem).__name__}: {line})\n  {instead}") from problem
 
 
+def reachable(host):
+    """Whether somebody answers there within a second."""
+    import socket
+    try:
+        socket.create_connection((host, 443), 1.).close()
+    except OSError:
+        return False
+    return True
+
+
 def hub_or_offline():
     """Without a network the hub's client tries for 46 s before it says so. Ask once, for a second, before the libraries are imported."""
     if not {"HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy"} & set(os.environ):
-        import socket
         host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0].split(":")[0]
-        try:
-            socket.setdefaulttimeout(1.)
-            socket.create_connection((host, 443), 1.).close()
-        except OSError:
+        if not reachable(host):
             os.environ["HF_HUB_OFFLINE"] = "1"
-        finally:
-            socket.setdefaulttimeout(None)
 
 
 # ============================================================================ the labels
@@ -619,10 +623,11 @@ def ahead(make, steps, workers):
 
 # ============================================================================ the model: encoder
 class Encoder(nn.Module):
-    """E of paper 3.1: a CNN whose four feature maps, at strides 4, 8, 16, 32, feed the decoder. Frozen and in eval mode unless told otherwise.
+    """E of paper 3.1: four feature maps, at strides 4, 8, 16, 32, feed the decoder. Frozen and in eval mode unless told otherwise.
 
     name    "MODEL/TAG"         a CNN tower of open_clip, as RN50-quickgelu/openai or convnext_large_d_320/laion2b_s29b_b131k_ft_soup
-            "timm:NAME"         a CNN of timm, as timm:resnet50.tv_in1k
+            "timm:NAME"         a CNN of timm, as timm:resnet50.tv_in1k; beyond the paper, a plain ViT, as timm:vit_large_patch14_dinov2.lvd142m
+                                or timm:eva02_large_patch14_clip_336.merged2b: four of its blocks, resized to the four strides
             "transformers:ID"   a SegFormer encoder, as transformers:nvidia/mit-b5
             "local-dir:PATH"    a folder of any of the three in its library's own format
     Raises Stop if the weights are not to be had."""
@@ -644,9 +649,9 @@ class Encoder(nn.Module):
             hub_or_offline()
         with from_hub(f"the encoder {name}", "put the weights in a folder and name it: --ENCODER=local-dir:PATH, or connect to the hub once"):
             if kind == "timm" or "architecture" in config:
-                import timm
-                self.body = timm.create_model(f"local-dir:{folder}" if folder else rest, pretrained=True, features_only=True, out_indices=(-4, -3, -2, -1))
+                self.body = timm_features(f"local-dir:{folder}" if folder else rest)
                 self.library, self.channels = "timm", list(self.body.feature_info.channels())
+                self.patch = max(self.body.feature_info.reduction()) if len(set(self.body.feature_info.reduction())) == 1 else 0
                 mean, std = self.body.pretrained_cfg["mean"], self.body.pretrained_cfg["std"]
             elif kind == "transformers" or config.get("model_type") == "segformer":
                 from transformers import SegformerModel
@@ -668,6 +673,10 @@ class Encoder(nn.Module):
         self.requires_grad_(not frozen).train(not frozen)
 
     def maps(self, x):
+        if self.library == "timm" and self.patch:                       # a ViT: one grid of patches, brought to H/16; a parameter-free feature pyramid
+            grid = [n // 16 for n in x.shape[-2:]]
+            blocks = self.body(F.interpolate(x, [n * self.patch for n in grid], mode="bicubic", align_corners=False, antialias=True) if self.patch != 16 else x)
+            return [F.interpolate(block, [int(n * factor) for n in grid], mode="bilinear", align_corners=False) for block, factor in zip(blocks, (4, 2, 1, .5))]
         if self.library == "timm":
             return self.body(x)
         if self.library == "transformers":
@@ -686,6 +695,19 @@ class Encoder(nn.Module):
         """uint8 (B, 3, H, W), H and W multiples of 32 -> [(B, C, H/4, W/4), ... /8, /16, /32]"""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return list(self.maps((images.float() / 255 - self.mean) / self.std))
+
+
+def timm_features(name):
+    """Four feature maps of a timm model: the last four stages of a CNN, the ends of the four quarters of a plain ViT's blocks."""
+    import timm
+    ask = dict(pretrained=True, features_only=True, out_indices=(-4, -3, -2, -1))
+    try:
+        body = timm.create_model(name, dynamic_img_size=True, **ask)    # only ViTs know this argument
+    except TypeError:
+        return timm.create_model(name, **ask)
+    depth = len(body.feature_info.info)
+    body.out_indices = [depth * k // 4 - 1 for k in (1, 2, 3, 4)]
+    return body
 
 
 # ============================================================================ the model: decoder

@@ -19,12 +19,16 @@ def open_clip_folder(folder):
     save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
 
 
-def timm_folder(folder):
+def timm_folder(folder, architecture="resnet18"):
     import timm
     from safetensors.torch import save_file
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"architecture": "resnet18", "num_classes": 5, "pretrained_cfg": {"num_classes": 5, "mean": [.1, .2, .4], "std": [.4, .5, .6]}}))
-    save_file(timm.create_model("resnet18", num_classes=5).state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": architecture, "num_classes": 5, "pretrained_cfg": {"num_classes": 5, "mean": [.1, .2, .4], "std": [.4, .5, .6]}}))
+    save_file(timm.create_model(architecture, num_classes=5).state_dict(), folder / "model.safetensors")
+
+
+def vit_folder(folder):
+    timm_folder(folder, "test_vit")
 
 
 def segformer_folder(folder):
@@ -32,7 +36,7 @@ def segformer_folder(folder):
     SegformerModel(SegformerConfig(depths=[1] * 4, hidden_sizes=[8, 16, 24, 32], num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16)).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("make, channels", [(open_clip_folder, [40, 80, 160, 320]), (timm_folder, [64, 128, 256, 512]), (segformer_folder, [8, 16, 24, 32])])
+@pytest.mark.parametrize("make, channels", [(open_clip_folder, [40, 80, 160, 320]), (timm_folder, [64, 128, 256, 512]), (vit_folder, [64] * 4), (segformer_folder, [8, 16, 24, 32])])
 def test_an_encoder_of_each_library_gives_four_maps_and_stays_frozen(tmp_path, make, channels):
     torch.manual_seed(0)
     make(tmp_path / "encoder")
@@ -44,6 +48,19 @@ def test_an_encoder_of_each_library_gives_four_maps_and_stays_frozen(tmp_path, m
     assert all(torch.equal(a, b) for a, b in zip(features, encoder(images)))        # no DropPath, no moving statistics
     if make is not segformer_folder:
         assert encoder.fill == (26, 51, 102)
+
+
+@pytest.mark.parametrize("name, patch", [("vit_tiny_patch16_224", 16), ("vit_small_patch14_dinov2", 14), ("eva02_tiny_patch14_224", 14)])
+def test_a_plain_vit_gives_the_ends_of_its_quarters_at_four_strides(monkeypatch, name, patch):
+    import timm
+    make = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **more: make(name, pretrained=False, **more))      # no hub here: random weights
+    encoder = common.Encoder(f"timm:{name}")
+    seen = []
+    encoder.body.register_forward_pre_hook(lambda _, x: seen.append(tuple(x[0].shape[-2:])))
+    features = encoder(torch.randint(0, 255, (1, 3, 64, 96), dtype=torch.uint8))
+    assert encoder.patch == patch and seen == [(4 * patch, 6 * patch)]             # the patches lie on the grid of stride 16, whatever their size
+    assert [tuple(f.shape[-2:]) for f in features] == [(16, 24), (8, 12), (4, 6), (2, 3)] and encoder.body.out_indices == [2, 5, 8, 11]
 
 
 def test_the_trainable_encoder_gets_gradients():
@@ -84,6 +101,31 @@ def test_sam_is_in_eval_mode_without_gradients_and_its_embedding_equals_the_pred
     predictor = SamPredictor(sam)
     predictor.set_image(image)
     assert torch.equal(fresh("04_selftrain").sam_encode(sam, torch.from_numpy(image).permute(2, 0, 1)), predictor.features)
+
+
+def test_sams_official_weights_are_fetched_once_and_checked(monkeypatch, tmp_path):
+    import hashlib
+    stage = fresh("04_selftrain")
+    (tmp_path / "page").mkdir()
+    body = bytes(range(256)) * 10
+    name = f"sam_vit_b_{hashlib.md5(body).hexdigest()[:6]}.pth"
+    (tmp_path / "page" / name).write_bytes(body)
+    stage.SAM_FILES, stage.SAM_PAGE = {"vit_b": name}, f"file://{tmp_path}/page/"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "reachable", lambda host: True)
+    assert not stage.to_fetch("vit_b")                                             # HF_HUB_OFFLINE=1 in these tests
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert stage.to_fetch("vit_b") and not stage.to_fetch("tests/toy/weights/sam")
+    stage.fetch_sam("vit_b")
+    assert (tmp_path / "weights" / name).read_bytes() == body and not stage.to_fetch("vit_b")
+    (tmp_path / "weights" / name).unlink()
+    (tmp_path / "page" / name).write_bytes(body[:-1])
+    with pytest.raises(common.Stop, match="did not arrive whole .2559 bytes"):
+        stage.fetch_sam("vit_b")
+    assert not list((tmp_path / "weights").iterdir())
+    (tmp_path / "page" / name).unlink()
+    with pytest.raises(common.Stop, match="could not be fetched"):
+        stage.fetch_sam("vit_b")
 
 
 def test_the_same_functions_take_the_registrys_vit(monkeypatch):
