@@ -41,6 +41,8 @@ CROP = preset(toy=(128, 256), paper=(768, 768))   # rows, columns; paper 4.1
 SCALE = preset(toy=(0.75, 1.5), paper=(0.5, 2.0)) # paper 4.1
 POINTS = preset(toy=512, paper=12_544)            # points a mask in the losses: Mask2Former's 112 x 112
 SEED = 0
+PARTS = 1                                         # a batch in so many parts, to the same result: less memory, a second forward pass of the decoder
+HALF = False                                      # bfloat16 autocast; the official code trains in float32
 WORKERS = preset(toy=0, paper=8)                  # threads that read and augment; on two cores a third thread only disturbs
 LOG_EVERY = preset(toy=20, paper=50)
 SAVE_EVERY = preset(toy=100, paper=1_000)
@@ -83,23 +85,25 @@ def main():
     print(f"{len(source)} labelled images, {BATCH} a step, {ITERATIONS} steps = {ITERATIONS * BATCH / len(source):.1f} epochs; "
           f"{sum(p.numel() for m in trained for p in m.parameters()) / 1e6:.2f} M of {sum(p.numel() for m in (encoder, decoder) for p in m.parameters()) / 1e6:.2f} M parameters train; on {device}")
 
+    order = common.dealt(BATCH)
+
     def batch(step):
         return common.source_batch(source, SOURCE, step, BATCH, SEED, CROP, SCALE, encoder.fill)
 
     for step, (images, labels) in zip(range(first, ITERATIONS), common.ahead(batch, range(first, ITERATIONS), WORKERS)):
         common.set_learning_rate(optimizer, LR, step, ITERATIONS, WARMUP, SCHEDULE)
-        classes, masks = decoder(encoder(images.to(device)))                                    # D(E(x)), before the first layer and after each
-        loss, terms = common.mask_loss(classes, masks, labels.to(device), POINTS, common.seeded(SEED, step, 5))      # eq. 1
+        *predictions, finish = common.in_parts(encoder, decoder, images.to(device), PARTS, HALF, order)        # D(E(x)), before the first layer and after each
+        loss, terms = common.mask_loss(*predictions, common.gather(labels.to(device), order), POINTS, common.seeded(SEED, step, 5))      # eq. 1
         if not torch.isfinite(loss):
             names = [str(source[common.shuffled(len(source), SEED, step * BATCH + i)][0]) for i in range(BATCH)]
             raise Stop(f"step {step}: the loss is {loss.item()}; the last good checkpoint is {checkpoint}. Files: {', '.join(names)}")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward(), finish()
         nn.utils.clip_grad_norm_([p for m in trained for p in m.parameters()], GRAD_CLIP)
         optimizer.step()
 
         done = step + 1
-        run.progress(done, ITERATIONS, LOG_EVERY, {"loss": loss.item(), **terms})
+        run.progress(done, ITERATIONS, LOG_EVERY, {"loss": loss.item(), **terms}, BATCH)
         if done % SAVE_EVERY == 0 and done < ITERATIONS:
             common.save_checkpoint(checkpoint, {"step": done, **{name: thing.state_dict() for name, thing in saved.items()}})
         if KEEP_EVERY and done % KEEP_EVERY == 0 and done < ITERATIONS:
@@ -107,7 +111,8 @@ def main():
     preview(Path(OUT) / "preview.png", encoder.eval(), decoder, tuple(x[:4] for x in batch(ITERATIONS)), device)
     run.finish()
     common.save_model(run.result, encoder, decoder, iteration=ITERATIONS, **facts)      # last: its presence means finished
-    checkpoint.unlink(missing_ok=True)
+    if run.leads:
+        checkpoint.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

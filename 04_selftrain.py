@@ -60,6 +60,8 @@ CROP = preset(toy=(128, 256), paper=(768, 768))    # rows, columns; painted imag
 SCALE = preset(toy=(0.75, 1.5), paper=(0.5, 2.0))  # source images only
 POINTS = preset(toy=512, paper=12_544)            # points a mask in the losses: Mask2Former's 112 x 112
 SEED = 0
+PARTS = 1                                         # a batch in so many parts, to the same result: less memory, a second forward pass of the decoder
+HALF = False                                      # bfloat16 autocast; the official code trains in float32
 WORKERS = preset(toy=0, paper=8)
 LOG_EVERY = preset(toy=20, paper=50)
 SAVE_EVERY = preset(toy=100, paper=1_000)
@@ -125,7 +127,7 @@ def fetch_sam(name):
     """Download official weights. Their file names end in the start of their MD5: what broke on the way is not kept. Raises Stop."""
     import hashlib
     file = Path(sam_file(name))
-    part = file.with_suffix(".part")
+    part = file.with_suffix(f".{os.getpid()}.part")
     print(f"fetching {SAM_PAGE}{file.name}, once")
     file.parent.mkdir(exist_ok=True)
     try:
@@ -199,7 +201,7 @@ class Embeddings:
             return torch.from_numpy(np.load(path)).float().to(self.sam.device)
         except (OSError, ValueError, EOFError):              # not there yet, or not whole: make it
             embedding = sam_encode(self.sam, image)[0].half().cpu()
-            with common.whole(path) as part, open(part, "wb") as file:
+            with common.whole(path, each=True) as part, open(part, "wb") as file:
                 np.save(file, embedding.numpy())
             return embedding.float().to(self.sam.device)
 
@@ -317,7 +319,7 @@ def to_crop(path):
 def generated_batch(files, step):
     """The painted images of a step -> clean uint8 (n, 3, H, W), as the student sees them (jittered, flipped), which are flipped (n,), file names."""
     clean, seen, flips, names = [], [], [], []
-    for item in range(N_GENERATED):
+    for item in common.share(N_GENERATED):
         path = files[common.shuffled(len(files), SEED + 1, step * N_GENERATED + item)]
         image, random = to_crop(path), common.randomness(SEED, step, item, 3)
         flip = random.random() < .5
@@ -384,34 +386,37 @@ def main():
     print(f"{len(source)} labelled, {len(painted)} painted images; {N_SOURCE} + {N_GENERATED} a step; "
           f"{sum(p.numel() for m in trained for p in m.parameters()) / 1e6:.2f} M parameters train; on {device}")
 
+    order = common.dealt(N_SOURCE, N_GENERATED)
+
     def batch(step):
         return common.source_batch(source, SOURCE, step, N_SOURCE, SEED, CROP, SCALE, encoder.fill), generated_batch(painted, step) if N_GENERATED else None
 
-    def pseudo_label(clean, names, *address):
+    def pseudo_label(clean, names, items, *address):
         """Steps 1 and 2: the teacher's label of clean painted images, and SAM's redrawing -> uint8, int64 (n, H, W), prompts"""
         rough = common.predict(teacher_encoder, teacher, clean.to(device)).argmax(1).to(torch.uint8).cpu().numpy()     # 1. p = D_T(E(x))
         if not use_sam:
             return rough, torch.from_numpy(rough.astype(np.int64)).to(device), []
         embeddings = torch.stack([embedding_of(name, image) for name, image in zip(names, clean)])
-        return rough, *refine(sam, embeddings, rough, [common.randomness(SEED, *address, i, 4) for i in range(len(clean))])   # 2.
+        return rough, *refine(sam, embeddings, rough, [common.randomness(SEED, *address, i, 4) for i in items])   # 2.
 
     shown = torch.stack([to_crop(path) for path in painted[:4]]) if painted else None
     for step, ((images, labels), drawn) in zip(range(first, ITERATIONS), common.ahead(batch, range(first, ITERATIONS), WORKERS)):
         numbers = {}
         if drawn:
             clean, seen, flips, names = drawn
-            rough, redrawn, prompts = pseudo_label(clean, names, step)
+            rough, redrawn, prompts = pseudo_label(clean, names, common.share(N_GENERATED), step)
             known, rough = redrawn != IGNORE, torch.from_numpy(rough.astype(np.int64)).to(device)
             numbers = {"labelled": known.float().mean().item(), "changed": ((rough != redrawn) & known).sum().item() / max(1, known.sum().item()), "prompts": len(prompts) / len(clean)}
             flips = flips.to(device)
             redrawn = torch.where(flips[:, None, None], redrawn.flip(2), redrawn)           # image and label share the geometry
             images, labels = torch.cat((images, seen)), torch.cat((labels, redrawn.cpu()))
         common.set_learning_rate(optimizer, LR, step, ITERATIONS, WARMUP, SCHEDULE)
-        loss, terms = common.mask_loss(*student(encoder(images.to(device))), labels.to(device), POINTS, common.seeded(SEED, step, 5), UNLABELLED == "ignore")   # 3.
+        *predictions, finish = common.in_parts(encoder, student, images.to(device), PARTS, HALF, order)
+        loss, terms = common.mask_loss(*predictions, common.gather(labels.to(device), order), POINTS, common.seeded(SEED, step, 5), UNLABELLED == "ignore")   # 3.
         if not torch.isfinite(loss):
             raise Stop(f"step {step}: the loss is {loss.item()}; the last good checkpoint is {checkpoint}. Files: {', '.join(names) if drawn else 'source only'}")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward(), finish()
         nn.utils.clip_grad_norm_([p for m in trained for p in m.parameters()], GRAD_CLIP)
         optimizer.step()
         if (step + 1) % EMA_EVERY == 0:                                                     # 4. eq. 2
@@ -420,13 +425,13 @@ def main():
                 ema_update(teacher_encoder, encoder, EMA)
 
         done = step + 1
-        run.progress(done, ITERATIONS, LOG_EVERY, {"loss": loss.item(), **terms, **numbers})
+        run.progress(done, ITERATIONS, LOG_EVERY, {"loss": loss.item(), **terms, **numbers}, N_SOURCE + N_GENERATED)
         if done % SAVE_EVERY == 0 and done < ITERATIONS:
             common.save_checkpoint(checkpoint, {"step": done, **{name: thing.state_dict() for name, thing in saved.items()}})
         if KEEP_EVERY and done % KEEP_EVERY == 0 and done < ITERATIONS:
             common.save_model(Path(OUT) / f"step_{done:06d}.safetensors", encoder, student, iteration=done, **facts)
-        if painted and (done % PREVIEW_EVERY == 0 or done == ITERATIONS):
-            rough, redrawn, prompts = pseudo_label(shown, [p.name for p in painted[:4]], 0)
+        if painted and run.leads and (done % PREVIEW_EVERY == 0 or done == ITERATIONS):
+            rough, redrawn, prompts = pseudo_label(shown, [p.name for p in painted[:4]], range(len(shown)), 0)
             guess = common.predict(encoder.eval(), student.eval(), shown.to(device)).argmax(1).to(torch.uint8).cpu().numpy()
             encoder.train(), student.train()
             preview(Path(OUT) / f"preview_{done:06d}.png", shown,
@@ -435,7 +440,8 @@ def main():
     common.save_model(Path(OUT) / "teacher.safetensors", teacher_encoder, teacher, iteration=ITERATIONS, **facts)
     run.finish()
     common.save_model(run.result, encoder, student, iteration=ITERATIONS, **facts)          # last: its presence means finished
-    checkpoint.unlink(missing_ok=True)
+    if run.leads:
+        checkpoint.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,10 @@ def launch(stage):
     try:
         override(stage, sys.argv[1:])
         steady_cpu()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and script[:2] not in ("03", "04"):
+            raise Stop("torchrun is for 03 and 04; 02 shares its work by --SHARD=k/n, 01 and 05 need one process")
+        if processes()[0]:
+            sys.stdout = open(os.devnull, "w")                          # one process talks
         stage["main"]()
     except Stop as problem:
         sys.exit(f"{script}: {problem}")
@@ -102,6 +106,9 @@ def launch(stage):
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         sys.exit(f"{script}: the disk is full ({problem.filename or 'while writing'}). What is written is whole: make room and run the same command again.")
+    finally:
+        if processes.cache_info().currsize and processes()[1] > 1:
+            torch.distributed.destroy_process_group()
 
 
 def steady_cpu():
@@ -117,12 +124,46 @@ def steady_cpu():
 
 @lru_cache(1)
 def device():
-    """The one GPU, or the CPU. A paper preset without a GPU is allowed and warned about."""
+    """The GPU (of several processes each has its own), or the CPU. A paper preset without a GPU is allowed and warned about."""
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if PRESET != "toy":
         print(f"warning: no GPU found; PRESET={PRESET} on a CPU takes minutes a step. The miniature world is for CPUs: PRESET=toy")
     return torch.device("cpu")
+
+
+@lru_cache(1)
+def processes():
+    """-> (rank, count). One, unless `torchrun --nproc_per_node=N` started several: they share every batch."""
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if count > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device())
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return rank, count
+
+
+def share(n):
+    """The items of a batch of n that this process makes. Raises Stop if they can't be dealt out evenly."""
+    rank, count = processes()
+    if n % count:
+        raise Stop(f"{count} processes cannot share {n} images a step evenly: take another --nproc_per_node, or another BATCH, N_SOURCE or N_GENERATED")
+    return range(rank, n, count)
+
+
+def dealt(*sizes):
+    """The order for gather, of batches of these sizes behind one another: [where item i of one process's batch lies among those of all processes]."""
+    starts, count = np.cumsum([0, *sizes]), processes()[1]
+    return np.argsort([start + i for rank in range(count) for start, n in zip(starts, sizes) for i in range(rank, n, count)])
+
+
+def gather(tensor, order, dim=0):
+    """The tensors of all processes side by side along `dim`, in the order that one process would have had: see dealt."""
+    if processes()[1] == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(processes()[1])]
+    torch.distributed.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts, dim).index_select(dim, torch.as_tensor(order, device=tensor.device))
 
 
 def need(*wanted):
@@ -133,11 +174,15 @@ def need(*wanted):
 
 
 @contextmanager
-def whole(path):
-    """`with whole(path) as part:` write to `part`; at the end it is renamed to `path`. So `path` is complete or not there."""
+def whole(path, each=False):
+    """`with whole(path) as part:` write to `part`; at the end it is renamed to `path`. So `path` is complete or not there.
+
+    Of several processes only the first one's file is kept, unless each writes its own."""
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         yield part
+        if processes()[0] and not each:
+            return
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -211,6 +256,9 @@ class Run:
         return self.result.exists()
 
     def start(self):
+        self.leads = processes()[0] == 0                                # of several processes one keeps the folder
+        if not self.leads:
+            return
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
@@ -231,7 +279,7 @@ class Run:
         """Begin to train at this step: forget what was logged after it."""
         self.since, self.sums = time.time(), []
         log = self.out / "log.jsonl"
-        if log.exists():
+        if log.exists() and self.leads:
             lines = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line).get("step", 0) <= step]
             with whole(log) as part:
                 part.write_text("".join(line + "\n" for line in lines))
@@ -242,12 +290,14 @@ class Run:
             file.write(json.dumps(rounded) + "\n")
         print(" | ".join(f"{k} {v}" for k, v in rounded.items()), flush=True)
 
-    def progress(self, done, total, every, numbers):
+    def progress(self, done, total, every, numbers, images):
         """Take the numbers of a step; every so many steps log their means, the pace and the time left."""
         self.sums.append(numbers)
-        if done % every == 0 or done == total:
+        if (done % every == 0 or done == total) and self.leads:
             pace = (time.time() - self.since) / len(self.sums)
-            self.log(step=done, **{k: float(np.mean([s[k] for s in self.sums])) for k in numbers}, seconds=pace, minutes_left=round(pace * (total - done) / 60, 1), gb=peak_memory())
+            self.log(step=done, **{k: float(np.mean([s[k] for s in self.sums])) for k in numbers}, seconds=pace, images_per_second=images / pace,
+                     minutes_left=round(pace * (total - done) / 60, 1), gb=peak_memory())
+        if done % every == 0:
             self.since, self.sums = time.time(), []
 
     def finish(self, **numbers):
@@ -592,9 +642,9 @@ def scale_and_crop(image, label, random, crop, scale, fill):
 
 
 def source_batch(found, name, step, n, seed, crop, scale, fill):
-    """n source crops of a step -> uint8 (n, 3, h, w), int64 (n, h, w). A pure function of (seed, step)."""
+    """n source crops of a step -> uint8 (n, 3, h, w), int64 (n, h, w). A pure function of (seed, step). Of several processes each makes its share."""
     samples = []
-    for item in range(n):
+    for item in share(n):
         image_path, label_path = found[shuffled(len(found), seed, step * n + item)]
         image = read_image(image_path)
         samples.append(scale_and_crop(image, read_label(label_path, name, image.size), randomness(seed, step, item, 2), crop, scale, fill))
@@ -931,6 +981,43 @@ def mask_loss(class_logits, mask_logits, labels, n_points, generator, ignore=Tru
 
 
 # ============================================================================ the model: optimiser and checkpoints
+def in_parts(encoder, decoder, images, parts=1, half=False, order=None):
+    """D(E(x)) of a batch -> class logits, mask logits, and what to call after loss.backward().
+
+    One part, one process: the plain thing, and nothing is left to call. Otherwise the predictions of all parts and processes are made first
+    without keeping what a backward pass needs; the loss of the whole batch gives the gradient of each prediction; then each part runs
+    again, with gradients, for a second forward pass of the decoder. So the loss always sees the whole batch, and 2 x 4 images are 8.
+    half: bfloat16 where torch thinks it safe. order: of several processes, see gather."""
+    rank, count = processes()
+
+    def look(x):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            return encoder(x)
+
+    def say(features):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            return decoder(features)
+    if parts == count == 1:
+        return *say(look(images)), lambda: None
+    pieces = images.chunk(parts)
+    with torch.no_grad():
+        seen = [look(x) for x in pieces] if encoder.frozen else [None] * len(pieces)         # a frozen encoder looks once
+        local = [torch.cat(t, 1).float() for t in zip(*(say(f or look(x)) for f, x in zip(seen, pieces)))]
+        all_of = [gather(t, order, 1).requires_grad_() for t in local]
+
+    def finish():
+        first = rank * len(images)
+        own = torch.as_tensor(np.argsort(order)[first:first + len(images)] if count > 1 else np.arange(len(images)), device=images.device)
+        gradients = zip(*(t.grad.index_select(1, own).split([len(x) for x in pieces], 1) for t in all_of))
+        for x, f, gradient in zip(pieces, seen, gradients):
+            predictions = say(f or look(x))
+            torch.autograd.backward(predictions, [g.to(p.dtype) for g, p in zip(gradient, predictions)])
+        if count > 1:
+            for parameter in [p for module in (decoder, encoder) for p in module.parameters() if p.grad is not None]:
+                torch.distributed.all_reduce(parameter.grad)
+    return *all_of, finish
+
+
 def make_optimizer(decoder, weight_decay, encoder=None, encoder_lr=1.):
     """AdamW over everything that trains: the decoder, and the encoder if it is given, at `encoder_lr` times the rate. Norms and embeddings do not decay (Mask2Former)."""
     groups, still = [], (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.Embedding)
