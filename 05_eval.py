@@ -14,10 +14,12 @@ One int64 confusion matrix per target: IoU = TP / (TP + FP + FN) over labelled p
                     neither is left out: equal to cityscapesScripts. This is the number to compare across papers.
   PROTOCOL=clouds   truth resized to the network's input (nearest), classes that the truth lacks left out: as the official code.
 Scored checkpoints are remembered by their content: run it again after an ablation and only the new rows are computed.
+Runs that differ only in SEED share a line of the comparison: mean, 95 % interval, and the difference to the first line, paired by seed.
 
     python 05_eval.py --IMAGES=my_photos       labels every picture in a folder: overlays and PNGs of train ids and, of
                                                Cityscapes' 19 classes, of label ids as its server wants them"""
 import hashlib
+import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -34,7 +36,7 @@ from common import CLASSES, DATA, IGNORE, RUN, Stop, preset
 TARGETS = preset(toy=tuple(f"folder:{DATA}/toy/{style}" for style in ("day", "night", "snow", "fog", "rain")), gta=("cityscapes", "bdd", "mapillary"),
                  synthia=("cityscapes", "bdd", "mapillary"), cityscapes=("acdc_night", "acdc_snow", "acdc_rain", "acdc_fog"))
 OUT = f"{RUN}/05_eval"
-CHECKPOINTS = ()                                  # files or folders, separated by commas; () = every RUN/0*/model.safetensors
+CHECKPOINTS = ()                                  # files, run folders or folders of runs, separated by commas; () = every RUN/0*/model.safetensors
 STEPS = False                                     # score the step_*.safetensors beside them too (KEEP_EVERY of 03 and 04)
 IMAGES = ""                                       # a folder of pictures to label with the last checkpoint, instead of scoring
 PROTOCOL = "native"                               # | "clouds"
@@ -42,7 +44,7 @@ SHORT_SIDE = preset(toy=0, paper=1024)            # pictures are resized to this
 SCORED = preset(toy=tuple(CLASSES), paper=tuple(CLASSES), synthia=tuple(c for c in CLASSES if c not in ("terrain", "truck", "train")))    # SYNTHIA has 16 of the 19
 WINDOW = 0                                        # side of a sliding window in pixels of the network's input, moved by two thirds; 0 = the whole picture at once (official)
 FLIP = False                                      # add the scores of the mirrored picture. Say so where you report the number
-PANELS = 3                                        # pictures a target in panels/
+PANELS = 3                                        # pictures a target in panels/, of the first six checkpoints
 WORKERS = preset(toy=0, paper=4)
 
 
@@ -149,6 +151,11 @@ def show(target):
     return Path(target).name if target.startswith("folder:") else target
 
 
+def file_name(target):
+    """As shown, and for a folder some letters of its whole path: two folders may have one name."""
+    return f"{show(target)}_{hashlib.sha256(target.encode()).hexdigest()[:6]}" if target.startswith("folder:") else target
+
+
 def together(row):
     """{name: targets} of those targets of a row that are parts of one data set and are also given as one matrix: ACDC's conditions."""
     parts = [t for t in row["targets"] if t.startswith("acdc_")]
@@ -168,10 +175,39 @@ def table(results):
         for row in rows:
             every = [row["targets"][t]["miou_all"] for t in targets]
             lines.append(f"| {row['name']} | " + " | ".join(f"{v:.1f}" for v in every) + f" | **{np.mean(every):.1f}** |")
+    if len(rows) > 1:
+        lines += ["", *head("comparison", ["seeds", "mean", "difference to the first"])]
+        runs = list(groups(rows).items())
+        for name, by_seed in runs:
+            first = runs[0][1]
+            shared = sorted(set(first) & set(by_seed))
+            pairs = [(by_seed[s], first[s]) for s in shared] or [(a, b) for a in by_seed.values() for b in first.values()][:1]
+            difference = "" if name == runs[0][0] else plus_minus([a["mean_miou"] - b["mean_miou"] for a, b in pairs], "+.1f") + ("" if shared else " (other seeds)")
+            lines.append(f"| {name} | {', '.join(map(str, sorted(by_seed)))} | {plus_minus([row['mean_miou'] for row in by_seed.values()], '.1f')} | {difference} |")
     lines += ["", *head("IoU, mean of the targets", results["classes"])]
     for row in rows:
         lines.append(f"| {row['name']} | " + " | ".join("-" if v is None else f"{v:.0f}" for v in class_means(row, results["classes"])) + " |")
     return "\n".join(lines) + "\n"
+
+
+def groups(rows):
+    """{name: {seed: row}} of runs that differ in nothing but SEED, and so in the source model (INIT) that they began at."""
+    found = {}
+    for row in rows:
+        found.setdefault(row.get("group", row["name"]), {})[row["seed"]] = row
+    return {next(iter(by_seed.values()))["name"]: by_seed for by_seed in found.values()}
+
+
+def interval(values):
+    """-> mean, half width of the 95 % interval by Student's t; nan for one value"""
+    from scipy.stats import t
+    n = len(values)
+    return float(np.mean(values)), float(t.ppf(.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+
+
+def plus_minus(values, form):
+    mean, half = interval(values)
+    return format(mean, form) + ("" if np.isnan(half) else f" ± {half:.1f}")
 
 
 def class_means(row, classes):
@@ -249,7 +285,10 @@ def label_folder(folder, encoder, decoder, device):
 def checkpoints():
     """-> sorted [(name, file)]; the name is that of the folder."""
     if CHECKPOINTS:
-        files = [Path(c) / "model.safetensors" if Path(c).is_dir() else Path(c) for c in CHECKPOINTS]
+        files = []
+        for c in map(Path, CHECKPOINTS):
+            inside = sorted(c.rglob("model.safetensors")) if c.is_dir() and not (c / "model.safetensors").exists() else []
+            files += inside or [c / "model.safetensors" if c.is_dir() else c]
         common.need(*((f, "give finished checkpoints: --CHECKPOINTS=FILE,FILE") for f in files))
     else:
         files = sorted(Path(RUN).glob("0*/model.safetensors"))
@@ -287,9 +326,10 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
         encoder, decoder, about = common.load_model(file, encoder)
         encoder.to(device), decoder.to(device)
-        row = {"name": name, "checkpoint": str(file), "iteration": about["iteration"], "seed": about["seed"], "targets": {}}
+        alike = [about["stage"], about["iteration"], {k: v for k, v in about["constants"].items() if k not in ("SEED", "INIT", "WORKERS", "LOG_EVERY", "SAVE_EVERY", "KEEP_EVERY", "PREVIEW_EVERY")}, file.stem]
+        row = {"name": name, "checkpoint": str(file), "iteration": about["iteration"], "seed": about["seed"], "group": hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()[:8], "targets": {}}
         for target, found in targets.items():
-            kept, start = folder / f"{show(target)}_{len(found)}.npz", time.time()
+            kept, start = folder / f"{file_name(target)}_{len(found)}.npz", time.time()
             try:
                 with np.load(kept) as arrays:
                     matrix = arrays["matrix"]
@@ -299,10 +339,10 @@ def main():
                 with common.whole(kept) as part, open(part, "wb") as out:
                     np.savez(out, matrix=matrix, looks=len(looks), **{f"{what}_{k}": a for k, look in enumerate(looks) for what, a in zip(("image", "truth", "prediction"), look)})
                 print(f"{name} on {show(target)}: mIoU {mean_iou(matrix)[0]:.1f}, {len(found)} images, {len(found) / (time.time() - start):.1f} a second", flush=True)
-            with common.whole(folder / f"{show(target)}.npy") as part, open(part, "wb") as out:
+            with common.whole(folder / f"{file_name(target)}.npy") as part, open(part, "wb") as out:
                 np.save(out, matrix)
             miou, each = mean_iou(matrix)
-            row["targets"][target] = {"miou": round(miou, 3), **({"miou_all": round(mean_iou(matrix, CLASSES)[0], 3)} if len(SCORED) < len(CLASSES) else {}), "iou": each, "images": len(found), "confusion": str(folder / f"{show(target)}.npy")}
+            row["targets"][target] = {"miou": round(miou, 3), **({"miou_all": round(mean_iou(matrix, CLASSES)[0], 3)} if len(SCORED) < len(CLASSES) else {}), "iou": each, "images": len(found), "confusion": str(folder / f"{file_name(target)}.npy")}
             seen[target].append(looks)
         for name_of_all, parts in together(row).items():
             matrix = sum(np.load(row["targets"][part]["confusion"]) for part in parts)
@@ -313,7 +353,7 @@ def main():
         rows.append(row)
     for target, columns in seen.items():
         if PANELS:
-            draw_panel(Path(OUT) / "panels" / f"{show(target)}.png", [name for name, _ in models], columns)
+            draw_panel(Path(OUT) / "panels" / f"{show(target) if [*map(show, targets)].count(show(target)) == 1 else file_name(target)}.png", [name for name, _ in models][:6], columns[:6])
     results = {"preset": common.PRESET, "protocol": PROTOCOL, "classes": list(SCORED), "rows": rows}
     draw_classes(Path(OUT) / "classes.png", results)
     print("\n" + table(results))

@@ -141,6 +141,24 @@ def test_where_classes_are_left_out_the_mean_of_all_is_given_too(stage):
     assert "mean of all 3 classes, not of 1 | x | mean |\n|---|---:|---:|\n| a | 42.1 | **42.1** |" in stage.table({"classes": ["a"], "rows": [row]})
 
 
+def test_the_interval_is_students(stage):
+    mean, half = stage.interval([1., 2., 3.])
+    assert mean == 2 and half == pytest.approx(4.3027 / 3 ** .5, abs=1e-3) and np.isnan(stage.interval([1.])[1])        # t(2 degrees, 97.5 %) times the standard error of 1 / sqrt 3
+
+
+def test_runs_that_differ_only_in_the_seed_share_a_line_and_differences_are_paired(stage):
+    row = lambda name, group, seed, miou: {"name": name, "group": group, "seed": seed, "mean_miou": miou, "targets": {"x": {"miou": miou, "iou": {"a": miou}}}}
+    rows = [row("base", "g", 0, 30.), row("base_1", "g", 1, 40.), row("sam", "h", 1, 43.), row("sam_0", "h", 0, 32.), row("other", "i", 7, 50.)]
+    text = stage.table({"classes": ["a"], "rows": rows})
+    assert "| base | 0, 1 | 35.0 ± 63.5 |  |" in text                             # t(1 degree, 97.5 %) = 12.706, times 7.071 / sqrt 2
+    assert "| sam | 0, 1 | 37.5 ± 69.9 | +2.5 ± 6.4 |" in text                    # 3 and 2: paired by seed, whatever the order of the rows
+    assert "| other | 7 | 50.0 | +20.0 (other seeds) |" in text
+
+
+def test_two_folders_of_one_name_are_kept_apart(stage):
+    assert stage.show("folder:a/val") == stage.show("folder:b/val") == "val" and stage.file_name("folder:a/val") != stage.file_name("folder:b/val")
+
+
 def test_bars_are_as_long_as_the_iou(stage, tmp_path):
     row = {"name": "run", "mean_miou": 50., "targets": {"x": {"iou": {"a": 50., "b": None}}}}
     stage.draw_classes(tmp_path / "c.png", {"rows": [row], "classes": ["a", "b"]})

@@ -10,11 +10,6 @@ from common import IGNORE
 from conftest import fresh
 
 
-def test_the_interval_is_students():
-    mean, half = report.interval([1., 2., 3.])
-    assert mean == 2 and half == pytest.approx(4.3027 / 3 ** .5, abs=1e-3)         # t(2 degrees, 97.5 %) times the standard error of 1 / sqrt 3
-
-
 def test_differences_are_paired_by_seed():
     row = lambda *values: {str(seed): {s: {"miou": v, "iou": [v] * 12} for s in report.STYLES} for seed, v in enumerate(values)}
     text = report.table({"rows": {"source_only": row(10., 20., 30.), "sam": row(12., 22., 32.)}}, {"source_only": "a", "sam": "b"}, "source_only")

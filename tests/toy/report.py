@@ -416,19 +416,13 @@ def gather():
     return results
 
 
-def interval(values):
-    """-> mean, half width of the 95 % interval by Student's t"""
-    from scipy.stats import t
-    n = len(values)
-    return float(np.mean(values)), float(t.ppf(.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
-
-
 def mean_of(row, seed):
     return float(np.mean([row[seed][s]["miou"] for s in STYLES]))
 
 
 def table(results, wanted, base):
     """Rows of one table, markdown: mIoU per style (mean of the seeds), the mean with its interval, the difference to `base` paired by seed."""
+    interval = importlib.import_module("05_eval").interval
     lines = ["| | " + " | ".join(STYLES) + " | mean of five | seeds | difference to the first row, paired |", "|---|" + "---:|" * (len(STYLES) + 3)]
     for name, title in wanted.items():
         row = results["rows"].get(name)
