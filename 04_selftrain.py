@@ -257,7 +257,7 @@ def refine(sam, embeddings, labels, random):
     shape = labels.shape[-2:]
     which, classes, points = [], [], []
     for i, label in enumerate(labels):
-        piece, cls, area = components(label)
+        piece, cls, area = components(label)                                                # "for every class i ... we obtain M_i distinct binary masks"
         keep = np.flatnonzero((area >= SAM_MIN_AREA) & (np.arange(len(area)) > 0))          # "filtering ... regions below a set size threshold"
         which += [i] * len(keep)
         classes += cls[keep].tolist()                        # the class travels with its component: it is never counted back from the masks
@@ -268,7 +268,7 @@ def refine(sam, embeddings, labels, random):
     for start in range(0, len(which), SAM_CHUNK):
         part = slice(start, start + SAM_CHUNK)
         image, cls = torch.tensor(which[part], device=sam.device), torch.tensor(classes[part], device=sam.device)
-        masks = sam_masks(sam, embeddings, image, torch.from_numpy(points[part]).to(sam.device), shape)
+        masks = sam_masks(sam, embeddings, image, torch.from_numpy(points[part]).to(sam.device), shape)      # "for each set of points, SAM provides an enhanced binary mask"
         if REFINE in ("vote", "purity"):
             inside = torch.stack([(masks & (teacher[image] == c)).sum((1, 2)) for c in range(len(common.CLASSES))], 1)
             if REFINE == "vote":
@@ -392,7 +392,8 @@ def main():
         return common.source_batch(source, SOURCE, step, N_SOURCE, SEED, CROP, SCALE, encoder.fill), generated_batch(painted, step) if N_GENERATED else None
 
     def pseudo_label(clean, names, items, *address):
-        """Steps 1 and 2: the teacher's label of clean painted images, and SAM's redrawing -> uint8, int64 (n, H, W), prompts"""
+        """Steps 1 and 2: the teacher's label of clean painted images ("the teacher branch receives the original images"), and SAM's redrawing
+        -> uint8, int64 (n, H, W), prompts"""
         rough = common.predict(teacher_encoder, teacher, clean.to(device)).argmax(1).to(torch.uint8).cpu().numpy()     # 1. p = D_T(E(x))
         if not use_sam:
             return rough, torch.from_numpy(rough.astype(np.int64)).to(device), []
@@ -411,8 +412,8 @@ def main():
             redrawn = torch.where(flips[:, None, None], redrawn.flip(2), redrawn)           # image and label share the geometry
             images, labels = torch.cat((images, seen)), torch.cat((labels, redrawn.cpu()))
         common.set_learning_rate(optimizer, LR, step, ITERATIONS, WARMUP, SCHEDULE)
-        *predictions, finish = common.in_parts(encoder, student, images.to(device), PARTS, HALF, order)
-        loss, terms = common.mask_loss(*predictions, common.gather(labels.to(device), order), POINTS, common.seeded(SEED, step, 5), UNLABELLED == "ignore")   # 3.
+        *predictions, finish = common.in_parts(encoder, student, images.to(device), PARTS, HALF, order)        # 3. "the same as the source loss": eq. 1
+        loss, terms = common.mask_loss(*predictions, common.gather(labels.to(device), order), POINTS, common.seeded(SEED, step, 5), UNLABELLED == "ignore")
         if not torch.isfinite(loss):
             raise Stop(f"step {step}: the loss is {loss.item()}; the last good checkpoint is {checkpoint}. Files: {', '.join(names) if drawn else 'source only'}")
         optimizer.zero_grad(set_to_none=True)
