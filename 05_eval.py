@@ -296,7 +296,9 @@ def checkpoints():
         files = [f for file in files for f in (*sorted(file.parent.glob("step_*.safetensors")), file)]
     if not files:
         raise Stop(f"no {RUN}/0*/model.safetensors\n  03_train_source.py and 04_selftrain.py write them when they are finished: run them first")
-    return [(file.parent.name if file.stem == "model" else f"{file.parent.name}/{file.stem}", file) for file in files]
+    folders = Counter(file.parent.name for file in files if file.stem == "model")
+    name = lambda file: file.parent.name if folders[file.parent.name] < 2 else f"{file.parent.parent.name}/{file.parent.name}"
+    return [(name(file) if file.stem == "model" else f"{name(file)}/{file.stem}", file) for file in files]
 
 
 def main():

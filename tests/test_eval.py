@@ -155,6 +155,17 @@ def test_runs_that_differ_only_in_the_seed_share_a_line_and_differences_are_pair
     assert "| other | 7 | 50.0 | +20.0 (other seeds) |" in text
 
 
+def test_checkpoints_of_a_folder_of_runs_are_found_and_told_apart(stage, tmp_path):
+    for folder in ("seed0/sam", "seed1/sam", "seed0/raw"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "model.safetensors").touch()
+    (tmp_path / "seed0/raw/step_000010.safetensors").touch()
+    stage.CHECKPOINTS, stage.STEPS = (str(tmp_path),), True
+    assert [name for name, _ in stage.checkpoints()] == ["raw/step_000010", "raw", "seed0/sam", "seed1/sam"]
+    stage.CHECKPOINTS = (str(tmp_path / "seed0/sam"), str(tmp_path / "seed0/raw/model.safetensors"))
+    assert [name for name, _ in stage.checkpoints()] == ["sam", "raw/step_000010", "raw"]
+
+
 def test_two_folders_of_one_name_are_kept_apart(stage):
     assert stage.show("folder:a/val") == stage.show("folder:b/val") == "val" and stage.file_name("folder:a/val") != stage.file_name("folder:b/val")
 
