@@ -41,15 +41,13 @@ def test_a_perfect_sam_answers_with_the_true_piece_of_most_points():
     assert mask.tolist() == [[[True, True, False, False]] * 2]
 
 
-def test_the_coarser_decoder_has_masks_at_an_eighth():
-    plain = common.Decoder.pixels
-    decoder, features = common.Decoder([3] * 4, 2, 16, 4, 1, 16), [torch.zeros(1, 3, 32 // 2 ** i, 64 // 2 ** i) for i in range(4)]
-    try:
-        report.with_oracle({}, "masks at 1/8")
-        assert decoder(features)[1].shape[-2:] == (16, 32)
-    finally:
-        common.Decoder.pixels = plain
-    assert decoder(features)[1].shape[-2:] == (32, 64)
+@pytest.mark.parametrize("oracle, masks", [("masks at 1/8", (8, 16)), ("Mask2Former's head", (16, 32))])
+def test_another_decoder_takes_the_place_of_ours_also_when_it_is_loaded(monkeypatch, oracle, masks):
+    monkeypatch.setattr(common, "Decoder", common.Decoder)                         # put back afterwards
+    report.with_oracle({}, oracle)
+    decoder = common.Decoder([3] * 4, 2, 64, 4, 3, 16)
+    classes, logits = decoder([torch.zeros(2, 3, 64 // 4 // 2 ** i, 128 // 4 // 2 ** i) for i in range(4)])
+    assert classes.shape == (4, 2, 4, 3) and logits.shape == (4, 2, 4, *masks) and decoder.sizes["layers"] == 3
 
 
 def test_the_random_tower_is_clip_with_other_numbers(tmp_path, monkeypatch):

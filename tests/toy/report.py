@@ -49,6 +49,7 @@ ROWS = {"source":             ("03_train_source", (),                           
         "rendered_truth":     ("04_selftrain",    (f"--GENERATED={RENDERED}/images/index.jsonl",),              "true labels"),
         "source_random":      ("03_train_source", (f"--ENCODER=local-dir:{ROOT}/random_clip",),                 None),
         "source_stride_8":    ("03_train_source", (),                                                           "masks at 1/8"),
+        "source_mask2former": ("03_train_source", (),                                                           "Mask2Former's head"),
         "trainable":          ("03_train_source", ("--FREEZE_ENCODER=False",),                                  None),
         "trainable_sam":      ("04_selftrain",    (PAINTED, "--FREEZE_ENCODER=False"),                          None)}
 #        what was tried                                row            constants
@@ -72,7 +73,9 @@ SIZES = {"as shipped: 24 queries, 3 layers, width 64, masks at 1/4": ("source", 
          "6 layers":                                  ("source",          ("--LAYERS=6",)),
          "width 32":                                  ("source",          ("--DIM=32", "--HIDDEN=64")),
          "width 128":                                 ("source",          ("--DIM=128", "--HIDDEN=256")),
-         "masks at 1/8":                              ("source_stride_8", ())}
+         "masks at 1/8":                              ("source_stride_8", ()),
+         "Mask2Former's head (transformers), 3 layers": ("source_mask2former", ()),
+         "Mask2Former's head, 9 layers of 512":       ("source_mask2former", ("--LAYERS=9", "--HIDDEN=512"))}
 
 
 # ----------------------------------------------------------------------------- one row
@@ -107,10 +110,15 @@ def draw_random_tower():
 def with_oracle(stage, oracle):
     """Replace a part of stage 04 by the truth, or by what a control needs; or the decoder's mask features by coarser ones."""
     if oracle == "masks at 1/8":
-        def pixels(self, features, pixels=common.Decoder.pixels):
-            levels, _ = pixels(self, features)
-            return levels, self.mask_features(levels[2])
-        common.Decoder.pixels = pixels
+        class Coarse(common.Decoder):
+            def pixels(self, features):
+                levels, _ = super().pixels(features)
+                return levels, self.mask_features(levels[2])
+        common.Decoder = Coarse
+        return
+    if oracle == "Mask2Former's head":
+        sys.path.append(str(HERE.parent))
+        common.Decoder = importlib.import_module("bench").Mask2FormerHead
         return
     if oracle == "raw where SAM kept":
         redraw = stage["refine"]
@@ -222,24 +230,23 @@ def seconds():
     torch.set_num_threads(1)
     encoder = common.Encoder(stage.ENCODER, True)
     images, labels = common.source_batch(common.pairs(stage.SOURCE, "train"), stage.SOURCE, 0, stage.BATCH, 0, stage.CROP, stage.SCALE, encoder.fill)
-    features, plain, steps = encoder(images), common.Decoder.pixels, {}
+    features, plain, decoders = encoder(images), common.Decoder, {}
     for title, (row, constants) in SIZES.items():
         size = {k: getattr(stage, k) for k in ("DIM", "QUERIES", "LAYERS", "HIDDEN")} | {k: int(v) for k, v in (c.removeprefix("--").split("=") for c in constants)}
-        torch.manual_seed(0)
-        decoder = common.Decoder(encoder.channels, len(common.CLASSES), *(size[k] for k in ("DIM", "QUERIES", "LAYERS", "HIDDEN")))
         if ROWS[row][2]:
             with_oracle(vars(stage), ROWS[row][2])
-        steps[title], common.Decoder.pixels = (decoder, common.Decoder.pixels), plain
+        torch.manual_seed(0)
+        decoders[title] = common.Decoder(encoder.channels, len(common.CLASSES), *(size[k] for k in ("DIM", "QUERIES", "LAYERS", "HIDDEN")))
+        common.Decoder = plain
     times = {title: [] for title in SIZES}
     for i in range(17):
-        for title, (decoder, common.Decoder.pixels) in steps.items():          # one of each in turn: a busy moment hits them all
+        for title, decoder in decoders.items():                         # one of each in turn: a busy moment hits them all
             since = time.perf_counter()
             loss, _ = common.mask_loss(*decoder(features), labels, stage.POINTS, common.seeded(0, i, 5))
             loss.backward()
             times[title].append(time.perf_counter() - since)
             decoder.zero_grad(set_to_none=True)
-    common.Decoder.pixels = plain
-    for title, (decoder, _) in steps.items():
+    for title, decoder in decoders.items():
         found[title] = {"seconds": round(float(np.median(times[title][2:])), 3), "parameters": sum(p.numel() for p in decoder.parameters())}
         print(title, found[title])
     common.write_json(ROOT / "seconds.json", found)
