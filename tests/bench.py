@@ -79,7 +79,7 @@ def bench_refine():
     rows = []
     for name, sam, images, labels, area in (
             ("miniature SAM, 128 x 256", stage.load_sam("tests/toy/weights/sam"), [s[0] for s in scenes], [s[1] for s in scenes], 100),
-            ("SAM ViT-B, 768 x 768", _vit_b(), [s[0][:, :128].repeat(6, 0).repeat(6, 1) for s in scenes[:1]], [s[1][:, :128].repeat(6, 0).repeat(6, 1) for s in scenes[:1]], 5_000)):
+            ("SAM ViT-H, 768 x 768", _vit_h(), [s[0][:, :128].repeat(6, 0).repeat(6, 1) for s in scenes[:1]], [s[1][:, :128].repeat(6, 0).repeat(6, 1) for s in scenes[:1]], 5_000)):
         stage.SAM_MIN_AREA = area
         pixels, labels, random = [torch.from_numpy(i.copy()).permute(2, 0, 1) for i in images], np.stack(labels), np.random.default_rng(0)
         since = time.perf_counter()
@@ -100,10 +100,10 @@ def bench_refine():
     return rows
 
 
-def _vit_b():
+def _vit_h():
     from segment_anything import sam_model_registry
     torch.manual_seed(0)
-    return sam_model_registry["vit_b"]().eval().requires_grad_(False)
+    return sam_model_registry["vit_h"]().eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------- decoder
