@@ -4,6 +4,7 @@ import pretrain
 import pytest
 import report
 import torch
+import world
 
 import common
 from common import IGNORE
@@ -62,6 +63,22 @@ def test_a_row_of_stage_04_waits_for_its_source_and_says_so(tmp_path, monkeypatc
     monkeypatch.setattr(report, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match="seed3/source/model.safetensors: run its source row first"):
         report.work([(("sam", 3), tmp_path / "seed3/sam", "test.json")])
+
+
+def test_a_figure_is_drawn_of_rows_that_have_all_seeds_only(tmp_path):
+    row = lambda *values: {str(seed): {s: {"miou": v, "iou": [v] * 12} for s in report.STYLES} for seed, v in enumerate(values)}
+    results = {"rows": {"source_only": row(30., 31., 32.), "sam": row(34., 35., 36.), "points_1": row(33., 33., 34.), "points_10": row(40.)}}
+    title, rows = report.FIGURES["figure6_points"]
+    assert report.figure(tmp_path / "f.png", results, title, rows)
+    blue = (np.asarray(world.Image.open(tmp_path / "f.png")) == (31, 119, 180)).all(-1)
+    assert blue[:, 60:80].any() and blue[:, 480:500].any() and not blue[:, :60].any()     # two points, the first and the last place
+    assert not report.figure(tmp_path / "g.png", {"rows": {"sam": row(34.)}}, title, rows) and not (tmp_path / "g.png").exists()
+
+
+def test_every_row_of_every_table_can_be_run():
+    named = {*report.TABLE4, *report.TABLE5, *report.ORACLES, *report.UNLIKE, *report.MORE, *(row for _, rows in report.FIGURES.values() for row in rows.values()),
+             *(row for row, _ in (*report.TRIED.values(), *report.SIZES.values()))}
+    assert named <= set(report.ROWS)
 
 
 def test_codes_that_tell_pieces_apart_cost_little_and_equal_codes_cost_two_for_the_others():

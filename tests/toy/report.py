@@ -1,7 +1,8 @@
 """
 report: the paper's tables in miniature, with seeds and intervals. Trains every row, scores it, writes tests/toy/README.md.
 
-    python tests/toy/report.py run                        all rows of all seeds, two at a time, one core each; goes on where it was stopped
+    python tests/toy/report.py run                        the rows of Tables 4 and 5, all seeds, two at a time, one core each; goes on where it was stopped
+    python tests/toy/report.py ablations                  the rows of Figures 5 and 6 and beyond, seeds 0, 1, 2
     python tests/toy/report.py run raw,sam 0,1            some rows of some seeds
     python tests/toy/report.py tried                      single changes of the settings, seed 0, on validation scenes
     python tests/toy/report.py sizes                      the decoder in other sizes, seed 0, on validation scenes
@@ -51,7 +52,16 @@ ROWS = {"source":             ("03_train_source", (),                           
         "source_stride_8":    ("03_train_source", (),                                                           "masks at 1/8"),
         "source_mask2former": ("03_train_source", (),                                                           "Mask2Former's head"),
         "trainable":          ("03_train_source", ("--FREEZE_ENCODER=False",),                                  None),
-        "trainable_sam":      ("04_selftrain",    (PAINTED, "--FREEZE_ENCODER=False"),                          None)}
+        "trainable_sam":      ("04_selftrain",    (PAINTED, "--FREEZE_ENCODER=False"),                          None),
+        **{f"images_{n}":     ("04_selftrain",    (f"--GENERATED={ROOT}/02_generate/first_{n}.jsonl",),         None) for n in (5, 20, 50, 100)},      # Figure 5; "sam" has 200
+        "images_400":         ("04_selftrain",    (f"--GENERATED={ROOT}/02_400/index.jsonl",),                  None),
+        **{f"points_{n}":     ("04_selftrain",    (PAINTED, f"--SAM_POINTS={n}"),                               None) for n in (1, 10, 50)},           # Figure 6; "sam" has 5
+        **{f"area_{n}":       ("04_selftrain",    (PAINTED, f"--SAM_MIN_AREA={n}"),                             None) for n in (0, 280, 560)},         # Figure 6; "sam" has 100
+        "purity":             ("04_selftrain",    (PAINTED, "--REFINE=purity"),                                 None),
+        "negative":           ("04_selftrain",    (PAINTED, "--UNLABELLED=negative"),                           None),
+        "ema_100":            ("04_selftrain",    (PAINTED, "--EMA_EVERY=100"),                                 None),
+        "one_prompt":         ("04_selftrain",    (f"--GENERATED={ROOT}/02_one_prompt/index.jsonl",),           None)}
+MORE = ("images_5", "images_20", "images_50", "images_100", "images_400", "points_1", "points_10", "points_50", "area_0", "area_280", "area_560", "purity", "negative", "ema_100", "one_prompt")
 #        what was tried                                row            constants
 TRIED = {"as shipped":                                ("sam",         ()),
          "source only, as many steps":                ("source_only", ()),
@@ -183,8 +193,25 @@ def prepare():
     """Paint once for all seeds: 01 and 02 as the toy preset has them."""
     draw_rendered()
     draw_random_tower()
-    for stage in ("01_prompts", "02_generate"):
-        subprocess.run([sys.executable, f"{stage}.py", f"--OUT={ROOT}/{stage}", *([f"--PROMPTS={ROOT}/01_prompts/prompts.txt"] if stage == "02_generate" else [])], check=True)
+    call("01_prompts", f"--OUT={ROOT}/01_prompts")
+    call("02_generate", f"--PROMPTS={ROOT}/01_prompts/prompts.txt", f"--OUT={ROOT}/02_generate")
+
+
+def call(stage, *arguments):
+    subprocess.run([sys.executable, f"{stage}.py", *arguments], check=True)
+
+
+def ablations(at_once=2):
+    """Lists of the first pictures, twice as many pictures, pictures of one prompt; then the rows of MORE."""
+    prepare()
+    lines = (ROOT / "02_generate/index.jsonl").read_text().splitlines(keepends=True)
+    for n in (5, 20, 50, 100):
+        with common.whole(ROOT / f"02_generate/first_{n}.jsonl") as part:
+            part.write_text("".join(lines[:n]))
+    (ROOT / "one_prompt.txt").write_text("a photo of a street in a town\n")
+    call("02_generate", f"--PROMPTS={ROOT}/01_prompts/prompts.txt", "--N_IMAGES=400", f"--OUT={ROOT}/02_400")
+    call("02_generate", f"--PROMPTS={ROOT}/one_prompt.txt", f"--OUT={ROOT}/02_one_prompt")
+    work([((row, seed), ROOT / f"seed{seed}/{row}", "test.json") for seed in (0, 1, 2) for row in MORE], at_once)
 
 
 def work(jobs, at_once=2):
@@ -461,6 +488,41 @@ ORACLES = {"source_only": "source only, as many steps", "sam": "+ painted scenes
 TABLE5 = {"source": "source, frozen CLIP", "source_random": "source, a frozen tower of random weights", "trainable": "source, CLIP trained along at a tenth of the rate",
           "sam": "self-trained, frozen CLIP", "trainable_sam": "self-trained, CLIP trained along"}
 
+UNLIKE = {"sam": "as shipped", "vote": "a mask takes the teacher's majority", "purity": "a mask with under half of its class is dropped", "negative": "unlabelled pixels are background, as officially",
+          "ema_100": "the teacher moves at every hundredth step, as officially", "one_prompt": "200 pictures of one prompt", "source_only": "no painted scenes"}
+FIGURES = {"figure5": ("painted pictures (their share of a batch stays a third)", {5: "images_5", 20: "images_20", 50: "images_50", 100: "images_100", 200: "sam", 400: "images_400"}),
+           "figure6_points": ("points a piece", {1: "points_1", 5: "sam", 10: "points_10", 50: "points_50"}),
+           "figure6_area": ("smallest piece, pixels (0.85 % of the picture is 280)", {0: "area_0", 100: "sam", 280: "area_280", 560: "area_560"})}
+
+
+def figure(path, results, title, rows, seeds=("0", "1", "2")):
+    """Mean of the five styles over seeds against a setting, with 95 % intervals; the grey line is source only. Equal steps along x: the settings are a list, not a scale."""
+    interval = importlib.import_module("05_eval").interval
+    points = [(x, *interval([mean_of(results["rows"][row], s) for s in seeds])) for x, row in rows.items() if all(s in results["rows"].get(row, {}) for s in seeds)]
+    if len(points) < 2:
+        return False
+    base = float(np.mean([mean_of(results["rows"]["source_only"], s) for s in seeds]))
+    low, high = min([base] + [m - h for _, m, h in points]) - .5, max([base] + [m + h for _, m, h in points]) + .5
+    sheet = world.Image.new("RGB", (520, 300), "white")
+    draw = world.ImageDraw.Draw(sheet)
+    at = lambda i, value: (70 + i * 420 // (len(points) - 1), int(260 - 220 * (value - low) / (high - low)))
+    for value in range(int(np.ceil(low)), int(high) + 1):
+        draw.line((*at(0, value), *at(len(points) - 1, value)), fill=(225, 225, 225))
+        draw.text((40, at(0, value)[1] - 6), str(value), fill="black")
+    draw.line((*at(0, base), *at(len(points) - 1, base)), fill=(110, 110, 110), width=2)
+    draw.text((at(len(points) - 1, base)[0] - 66, at(0, base)[1] + 3), "source only", fill=(110, 110, 110))
+    draw.line([at(i, mean) for i, (_, mean, _) in enumerate(points)], fill=(31, 119, 180), width=2)
+    for i, (x, mean, half) in enumerate(points):
+        px, py = at(i, mean)
+        draw.line((px, at(i, mean - half)[1], px, at(i, mean + half)[1]), fill=(31, 119, 180))
+        draw.ellipse((px - 4, py - 4, px + 4, py + 4), fill=(31, 119, 180))
+        draw.text((px - 8, 268), str(x), fill="black")
+    draw.text((40, 8), "mIoU, mean of the five unseen styles, 3 seeds", fill="black")
+    draw.text((170, 284), title, fill="black")
+    with common.whole(path) as part:
+        sheet.save(part, "PNG")
+    return True
+
 
 def sizes_table(found):
     lines = ["| decoder | parameters | seconds a step | game | mean of the five unseen |", "|---|---:|---:|---:|---:|"]
@@ -500,7 +562,9 @@ def write():
     text = (HERE / "report.md").read_text()
     parts = {"table4": table(results, TABLE4, "source_only"), "classes": by_class(results, TABLE4), "oracles": table(results, ORACLES, "source_only"), "table5": table(results, TABLE5, "source"),
              "sizes": sizes_table({t: results["sizes"][t] for t in SIZES if t in results.get("sizes", {})}), "tried": tried_table({t: results["tried"][t] for t in TRIED if t in results.get("tried", {})}),
-             "models": models_table(results["models"])}
+             "more": table(results, UNLIKE, "sam"), "models": models_table(results["models"])}
+    for name, (title, rows) in FIGURES.items():
+        figure(HERE / f"pictures/{name}.png", results, title, rows)
     for name, part in parts.items():
         text = text.replace("{" + name + "}", part)
     with common.whole(HERE / "README.md") as part:
@@ -512,8 +576,8 @@ if __name__ == "__main__":
     if what == "one" and len(rest) >= 2:
         one(rest[0], int(rest[1]), *rest[2:3], extra=tuple(rest[4:]), split=(rest[3:4] or ["test"])[0])
     elif what == "run" and len(rest) <= 2:
-        run(rest[0].split(",") if rest else list(ROWS), [int(s) for s in rest[1].split(",")] if len(rest) == 2 else SEEDS)
-    elif what in ("tried", "sizes", "seconds", "models", "write") and not rest:
-        {"tried": lambda: single("tried", TRIED), "sizes": lambda: single("sizes", SIZES), "seconds": seconds, "models": models, "write": write}[what]()
+        run(rest[0].split(",") if rest else list(dict.fromkeys((*TABLE5, *TABLE4, *ORACLES))), [int(s) for s in rest[1].split(",")] if len(rest) == 2 else SEEDS)
+    elif what in ("ablations", "tried", "sizes", "seconds", "models", "write") and not rest:
+        {"ablations": ablations, "tried": lambda: single("tried", TRIED), "sizes": lambda: single("sizes", SIZES), "seconds": seconds, "models": models, "write": write}[what]()
     else:
         sys.exit(__doc__)
