@@ -39,6 +39,7 @@ WEIGHT_DECAY = 0.05                               # paper 4.1
 GRAD_CLIP = preset(toy=1.0, paper=0.01)           # global norm; 0.01 is Mask2Former's
 CROP = preset(toy=(128, 256), paper=(768, 768))   # rows, columns; paper 4.1
 SCALE = preset(toy=(0.75, 1.5), paper=(0.5, 2.0)) # paper 4.1
+RARE = 0.0                                        # temperature of rare class sampling of source images (DAFormer: 0.01); 0 = all alike, as the paper
 POINTS = preset(toy=512, paper=12_544)            # points a mask in the losses: Mask2Former's 112 x 112
 SEED = 0
 PARTS = 1                                         # a batch in so many parts, to the same result: less memory, a second forward pass of the decoder
@@ -85,17 +86,17 @@ def main():
     print(f"{len(source)} labelled images, {BATCH} a step, {ITERATIONS} steps = {ITERATIONS * BATCH / len(source):.1f} epochs; "
           f"{sum(p.numel() for m in trained for p in m.parameters()) / 1e6:.2f} M of {sum(p.numel() for m in (encoder, decoder) for p in m.parameters()) / 1e6:.2f} M parameters train; on {device}")
 
-    order = common.dealt(BATCH)
+    order, pick = common.dealt(BATCH), common.sampler(source, SOURCE, SEED, RARE, Path(OUT) / "classes.npy")
 
     def batch(step):
-        return common.source_batch(source, SOURCE, step, BATCH, SEED, CROP, SCALE, encoder.fill)
+        return common.source_batch(source, SOURCE, step, BATCH, SEED, CROP, SCALE, encoder.fill, pick)
 
     for step, (images, labels) in zip(range(first, ITERATIONS), common.ahead(batch, range(first, ITERATIONS), WORKERS)):
         common.set_learning_rate(optimizer, LR, step, ITERATIONS, WARMUP, SCHEDULE)
         *predictions, finish = common.in_parts(encoder, decoder, images.to(device), PARTS, HALF, order)        # D(E(x)), before the first layer and after each
         loss, terms = common.mask_loss(*predictions, common.gather(labels.to(device), order), POINTS, common.seeded(SEED, step, 5))      # eq. 1
         if not torch.isfinite(loss):
-            names = [str(source[common.shuffled(len(source), SEED, step * BATCH + i)][0]) for i in range(BATCH)]
+            names = [str(source[pick(step * BATCH + i)][0]) for i in range(BATCH)]
             raise Stop(f"step {step}: the loss is {loss.item()}; the last good checkpoint is {checkpoint}. Files: {', '.join(names)}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward(), finish()

@@ -58,6 +58,7 @@ SAM_CHUNK = 64                                     # prompts a decoder pass: mem
 UNLABELLED = "ignore"                              # paper: must not teach | "negative": background of every mask, as the official code has it
 CROP = preset(toy=(128, 256), paper=(768, 768))    # rows, columns; painted images are brought to it whole
 SCALE = preset(toy=(0.75, 1.5), paper=(0.5, 2.0))  # source images only
+RARE = 0.0                                        # temperature of rare class sampling of source images (DAFormer: 0.01); 0 = all alike, as the paper
 POINTS = preset(toy=512, paper=12_544)            # points a mask in the losses: Mask2Former's 112 x 112
 SEED = 0
 PARTS = 1                                         # a batch in so many parts, to the same result: less memory, a second forward pass of the decoder
@@ -386,10 +387,10 @@ def main():
     print(f"{len(source)} labelled, {len(painted)} painted images; {N_SOURCE} + {N_GENERATED} a step; "
           f"{sum(p.numel() for m in trained for p in m.parameters()) / 1e6:.2f} M parameters train; on {device}")
 
-    order = common.dealt(N_SOURCE, N_GENERATED)
+    order, pick = common.dealt(N_SOURCE, N_GENERATED), common.sampler(source, SOURCE, SEED, RARE, Path(OUT) / "classes.npy")
 
     def batch(step):
-        return common.source_batch(source, SOURCE, step, N_SOURCE, SEED, CROP, SCALE, encoder.fill), generated_batch(painted, step) if N_GENERATED else None
+        return common.source_batch(source, SOURCE, step, N_SOURCE, SEED, CROP, SCALE, encoder.fill, pick), generated_batch(painted, step) if N_GENERATED else None
 
     def pseudo_label(clean, names, items, *address):
         """Steps 1 and 2: the teacher's label of clean painted images ("the teacher branch receives the original images"), and SAM's redrawing

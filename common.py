@@ -641,11 +641,36 @@ def scale_and_crop(image, label, random, crop, scale, fill):
     return (out.flip(2), target.flip(1)) if random.random() < .5 else (out, target)
 
 
-def source_batch(found, name, step, n, seed, crop, scale, fill):
-    """n source crops of a step -> uint8 (n, 3, h, w), int64 (n, h, w). A pure function of (seed, step). Of several processes each makes its share."""
+def sampler(found, name, seed, rare, cache):
+    """-> pick(position): which image comes at a position of the endless stream. All once an epoch, or, if rare > 0, by DAFormer's rare class sampling:
+    a class c with probability ~ exp((1 - its share of pixels) / rare), then any image that holds it. The labels are counted once, into `cache`."""
+    if not rare:
+        return lambda position: shuffled(len(found), seed, position)
+    if not Path(cache).exists():
+        print(f"counting the classes of {len(found)} labels, once")
+        with ThreadPoolExecutor() as pool:
+            counts = list(pool.map(lambda pair: np.bincount(read_label(pair[1], name, Image.open(pair[0]).size).ravel(), minlength=256)[:len(CLASSES)], found))
+        with whole(cache, each=True) as part, open(part, "wb") as file:
+            np.save(file, np.stack(counts))
+    counts = np.load(cache)
+    if len(counts) != len(found):
+        raise Stop(f"{cache} counts {len(counts)} labels, there are {len(found)}: remove it, it is made again")
+    holders = [np.flatnonzero(counts[:, c] > 0) for c in range(len(CLASSES))]
+    wanted = np.exp((1 - counts.sum(0) / counts.sum()) / rare) * [len(h) > 0 for h in holders]
+
+    def pick(position):
+        random = randomness(seed, position, 6)
+        holder = holders[random.choice(len(CLASSES), p=wanted / wanted.sum())]
+        return int(holder[random.integers(len(holder))])
+    return pick
+
+
+def source_batch(found, name, step, n, seed, crop, scale, fill, pick=None):
+    """n source crops of a step -> uint8 (n, 3, h, w), int64 (n, h, w). A pure function of (seed, step). Of several processes each makes its share. pick: see sampler."""
     samples = []
     for item in share(n):
-        image_path, label_path = found[shuffled(len(found), seed, step * n + item)]
+        position = step * n + item
+        image_path, label_path = found[pick(position) if pick else shuffled(len(found), seed, position)]
         image = read_image(image_path)
         samples.append(scale_and_crop(image, read_label(label_path, name, image.size), randomness(seed, step, item, 2), crop, scale, fill))
     images, labels = zip(*samples)

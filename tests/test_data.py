@@ -140,6 +140,24 @@ def test_an_epoch_shows_everything_once():
     assert sorted(seen[:7]) == sorted(seen[7:14]) == list(range(7)) and seen[:7] != seen[7:14]
 
 
+def test_rare_classes_come_often_and_the_labels_are_counted_once(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "CLASSES", ["a", "b", "c"])
+    labels = {str(i): np.zeros((4, 4)) for i in range(10)}
+    labels["7"][0, 0] = 1                                                          # one pixel of b in one image, c nowhere
+    name = folder({k: np.zeros((4, 4, 3)) for k in labels}, labels)
+    found = common.pairs(name, "train")
+    pick = common.sampler(found, name, 0, .5, tmp_path / "classes.npy")
+    share = np.mean([pick(i) == 7 for i in range(2000)])
+    a, b = np.exp((1 - 159 / 160) / .5), np.exp((1 - 1 / 160) / .5)
+    assert abs(share - (b + a / 10) / (a + b)) < .03                               # b always means image 7, a means it once in ten
+    again = common.sampler(found, name, 0, .5, tmp_path / "classes.npy")
+    assert [again(i) for i in range(20)] == [pick(i) for i in range(20)] and capsys.readouterr().out.count("counting") == 1
+    with pytest.raises(common.Stop, match="counts 10 labels, there are 9: remove it"):
+        common.sampler(found[1:], name, 0, .5, tmp_path / "classes.npy")
+    plain = common.sampler(found, name, 0, 0, tmp_path / "none.npy")
+    assert sorted(plain(i) for i in range(10)) == list(range(10)) and not (tmp_path / "none.npy").exists()
+
+
 def test_grey_palette_and_turned_pictures_become_upright_rgb(tmp_path):
     for mode in ("L", "P", "RGBA", "I;16"):
         Image.new(mode, (4, 2)).save(tmp_path / "a.png")

@@ -60,8 +60,9 @@ ROWS = {"source":             ("03_train_source", (),                           
         "purity":             ("04_selftrain",    (PAINTED, "--REFINE=purity"),                                 None),
         "negative":           ("04_selftrain",    (PAINTED, "--UNLABELLED=negative"),                           None),
         "ema_100":            ("04_selftrain",    (PAINTED, "--EMA_EVERY=100"),                                 None),
+        "rare":               ("04_selftrain",    (PAINTED, "--RARE=0.1"),                                      None),
         "one_prompt":         ("04_selftrain",    (f"--GENERATED={ROOT}/02_one_prompt/index.jsonl",),           None)}
-MORE = ("images_5", "images_20", "images_50", "images_100", "images_400", "points_1", "points_10", "points_50", "area_0", "area_280", "area_560", "purity", "negative", "ema_100", "one_prompt")
+MORE = ("images_5", "images_20", "images_50", "images_100", "images_400", "points_1", "points_10", "points_50", "area_0", "area_280", "area_560", "purity", "negative", "ema_100", "rare", "one_prompt")
 #        what was tried                                row            constants
 TRIED = {"as shipped":                                ("sam",         ()),
          "source only, as many steps":                ("source_only", ()),
@@ -489,7 +490,7 @@ TABLE5 = {"source": "source, frozen CLIP", "source_random": "source, a frozen to
           "sam": "self-trained, frozen CLIP", "trainable_sam": "self-trained, CLIP trained along"}
 
 UNLIKE = {"sam": "as shipped", "vote": "a mask takes the teacher's majority", "purity": "a mask with under half of its class is dropped", "negative": "unlabelled pixels are background, as officially",
-          "ema_100": "the teacher moves at every hundredth step, as officially", "one_prompt": "200 pictures of one prompt", "source_only": "no painted scenes"}
+          "ema_100": "the teacher moves at every hundredth step, as officially", "rare": "rare classes of the source come often (temperature 0.1)", "one_prompt": "200 pictures of one prompt", "source_only": "no painted scenes"}
 FIGURES = {"figure5": ("painted pictures (their share of a batch stays a third)", {5: "images_5", 20: "images_20", 50: "images_50", 100: "images_100", 200: "sam", 400: "images_400"}),
            "figure6_points": ("points a piece", {1: "points_1", 5: "sam", 10: "points_10", 50: "points_50"}),
            "figure6_area": ("smallest piece, pixels (0.85 % of the picture is 280)", {0: "area_0", 100: "sam", 280: "area_280", 560: "area_560"})}
