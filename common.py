@@ -310,6 +310,11 @@ def peak_memory():
     """Gigabytes: of the GPU if there is one, otherwise of the process."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
+    try:                                                                # resource's number is inherited from whoever started this process
+        with open("/proc/self/status") as status:
+            return round(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2 ** 20, 2)
+    except (OSError, StopIteration):
+        pass
     try:
         import resource
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20), 2)
@@ -532,7 +537,7 @@ def read_label(path, name, size):
     if ids is not None:
         table = np.full(256, IGNORE, np.uint8)
         table[list(ids)] = list(ids.values())
-        return table[np.where((label >= 0) & (label < 256), label, 255).astype(np.uint8)]
+        return table[label if label.dtype == np.uint8 else np.where((label >= 0) & (label < 256), label, 255).astype(np.uint8)]
     unknown = label[(label >= len(CLASSES)) & (label != IGNORE)]
     if unknown.size:
         raise Stop(f"{path} holds the id {unknown[0]}: expected train ids 0 to {len(CLASSES) - 1}, or {IGNORE} for none")
