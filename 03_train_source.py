@@ -93,8 +93,8 @@ def main():
 
     for step, (images, labels) in zip(range(first, ITERATIONS), common.ahead(batch, range(first, ITERATIONS), WORKERS)):
         common.set_learning_rate(optimizer, LR, step, ITERATIONS, WARMUP, SCHEDULE)
-        *predictions, finish = common.in_parts(encoder, decoder, images.to(device), PARTS, HALF, order)        # D(E(x)), before the first layer and after each
-        loss, terms = common.mask_loss(*predictions, common.gather(labels.to(device), order), POINTS, common.seeded(SEED, step, 5))      # eq. 1
+        *predictions, finish = common.in_parts(encoder, decoder, images.to(device, non_blocking=True), PARTS, HALF, order)        # D(E(x)), before the first layer and after each
+        loss, terms = common.mask_loss(*predictions, common.gather(labels.to(device, non_blocking=True), order), POINTS, common.seeded(SEED, step, 5))      # eq. 1
         if not torch.isfinite(loss):
             names = [str(source[pick(step * BATCH + i)][0]) for i in range(BATCH)]
             raise Stop(f"step {step}: the loss is {loss.item()}; the last good checkpoint is {checkpoint}. Files: {', '.join(names)}")

