@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 
 import common
 from common import RUN, Stop, preset
@@ -75,12 +75,18 @@ def is_painted(path, prompt, seed):
     return True
 
 
-def contact_sheet(path, files, columns=6, rows=6):
-    """A grid of images spread evenly over the list."""
-    chosen = [files[int(i)] for i in np.linspace(0, len(files) - 1, min(len(files), columns * rows))]
-    tiles = [np.asarray(common.read_image(f)) for f in chosen]
-    step = max(1, tiles[0].shape[1] // 256)
-    tiles = [t[::step, ::step] for t in tiles] + [np.zeros_like(tiles[0][::step, ::step])] * (-len(tiles) % columns)
+def contact_sheet(path, folder, plan, columns=5, rows=5):
+    """A grid of images spread evenly over the plan, each with its prompt below (the paper's Figure 3)."""
+    from textwrap import wrap
+    tiles = []
+    for row in [plan[int(i)] for i in np.linspace(0, len(plan) - 1, min(len(plan), columns * rows))]:
+        image = common.read_image(folder / row["file"])
+        tile = Image.new("RGB", (256, 256 * image.height // image.width + 28), "white")
+        tile.paste(image.resize((256, tile.height - 28)))
+        for k, line in enumerate(wrap(row["prompt"], 40, max_lines=2, placeholder=" ...")):
+            ImageDraw.Draw(tile).text((3, tile.height - 27 + 12 * k), line, fill="black")
+        tiles.append(np.asarray(tile))
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
     with common.whole(path) as part:
         Image.fromarray(np.concatenate([np.concatenate(tiles[i:i + columns], 1) for i in range(0, len(tiles), columns)])).save(part, "PNG")
 
@@ -127,7 +133,7 @@ def main():
     if rest:
         print(f"shard {SHARD} is done; {rest} images of other shards are still to come, the last shard writes {run.result}")
         return
-    contact_sheet(Path(OUT) / "preview.png", [Path(OUT) / row["file"] for row in plan])
+    contact_sheet(Path(OUT) / "preview.png", Path(OUT), plan)
     run.finish(painted=wanted)
     with common.whole(run.result) as part:
         part.write_text("".join(json.dumps(row) + "\n" for row in plan))
