@@ -30,6 +30,7 @@ DIM = preset(toy=64, paper=256)                   # width of the decoder
 QUERIES = preset(toy=24, paper=100)
 LAYERS = preset(toy=3, paper=6)                   # Mask2Former: 9, with a feed-forward of 2,048
 HIDDEN = preset(toy=128, paper=512)
+PIXEL_LAYERS = 3                                  # of the pixel decoder; Mask2Former: 6 of deformable attention
 ITERATIONS = preset(toy=600, gta=40_000, synthia=30_000, cityscapes=10_000)         # paper 4.1; official Cityscapes warm-up: 5,000
 BATCH = preset(toy=16, paper=8)                   # paper 4.1
 LR = preset(toy=1.5e-3, paper=1e-5, cityscapes=1e-4)                                # paper 4.1
@@ -71,7 +72,7 @@ def main():
     encoder = common.Encoder(ENCODER, FREEZE_ENCODER)
     device = common.device()
     torch.manual_seed(SEED)
-    decoder = common.Decoder(encoder.channels, len(CLASSES), DIM, QUERIES, LAYERS, HIDDEN)
+    decoder = common.Decoder(encoder.channels, len(CLASSES), DIM, QUERIES, LAYERS, HIDDEN, PIXEL_LAYERS)
     encoder.to(device), decoder.to(device)
     trained = [decoder] if FREEZE_ENCODER else [decoder, encoder]
     optimizer = common.make_optimizer(decoder, WEIGHT_DECAY, None if FREEZE_ENCODER else encoder, ENCODER_LR)

@@ -846,16 +846,42 @@ class DecoderLayer(nn.Module):
         return self.norms[2](queries + self.feed(queries))
 
 
-class Decoder(nn.Module):
-    """D of paper 3.1: mask classification as Mask2Former, with a plain FPN in place of its deformable attention.
+class PixelLayer(nn.Module):
+    """A layer of the pixel decoder: 5 x 5 pixels of a map and its neighbours in scale are mixed, then a feed-forward at every pixel; both with a residual and a norm.
 
-    channels: of the encoder's four maps. classes: C, without no-object. dim: width d. queries: Q. layers: L. hidden: of the feed-forward."""
+    It stands where Mask2Former has deformable attention over the same three strides, and like there one set of weights serves them all."""
 
-    def __init__(self, channels, classes, dim, queries, layers, hidden, heads=8):
+    def __init__(self, dim, hidden):
         super().__init__()
-        self.sizes = dict(channels=list(channels), classes=classes, dim=dim, queries=queries, layers=layers, hidden=hidden, heads=heads)
+        self.mix = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        self.feed = nn.Sequential(nn.Conv2d(dim, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, dim, 1))
+        self.norms = nn.ModuleList(nn.GroupNorm(min(32, dim // 4), dim) for _ in range(2))
+
+    def forward(self, maps):
+        """Maps (B, D, h, w) at strides 8, 16, 32 -> the same"""
+        out = []
+        for i, x in enumerate(maps):
+            near = x
+            if i > 0:
+                near = near + F.avg_pool2d(maps[i - 1], 2)
+            if i + 1 < len(maps):
+                near = near + F.interpolate(maps[i + 1], x.shape[-2:], mode="bilinear", align_corners=False)
+            x = self.norms[0](x + self.mix(near))
+            out.append(self.norms[1](x + self.feed(x)))
+        return out
+
+
+class Decoder(nn.Module):
+    """D of paper 3.1: mask classification as Mask2Former, with PixelLayers and an FPN in place of its deformable attention.
+
+    channels: of the encoder's four maps. classes: C, without no-object. dim: width d. queries: Q. layers: L. hidden: of every feed-forward. pixel_layers: of the pixel decoder."""
+
+    def __init__(self, channels, classes, dim, queries, layers, hidden, pixel_layers, heads=8):
+        super().__init__()
+        self.sizes = dict(channels=list(channels), classes=classes, dim=dim, queries=queries, layers=layers, hidden=hidden, pixel_layers=pixel_layers, heads=heads)
         groups = min(32, dim // 4)
         self.lateral = nn.ModuleList(nn.Sequential(nn.Conv2d(c, dim, 1), nn.GroupNorm(groups, dim)) for c in channels)
+        self.pixel_layers = nn.ModuleList(PixelLayer(dim, hidden) for _ in range(pixel_layers))
         self.smooth = nn.ModuleList(nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.GroupNorm(groups, dim), nn.ReLU()) for _ in channels)
         self.mask_features = nn.Conv2d(dim, dim, 1)
         self.query, self.query_embed, self.level_embed = nn.Embedding(queries, dim), nn.Embedding(queries, dim), nn.Embedding(3, dim)
@@ -865,9 +891,11 @@ class Decoder(nn.Module):
 
     def pixels(self, features):
         """Four maps -> the d-channel maps at strides 32, 16, 8 that the queries look at, and the mask features at stride 4."""
+        fine, *maps = [lateral(feature) for lateral, feature in zip(self.lateral, features)]
+        for layer in self.pixel_layers:
+            maps = layer(maps)
         out, above = [], None
-        for lateral, smooth, feature in zip(self.lateral[::-1], self.smooth[::-1], features[::-1]):
-            x = lateral(feature)
+        for smooth, x in zip(self.smooth, [*maps[::-1], fine]):         # an FPN: from coarse to fine
             if above is not None:
                 x = x + F.interpolate(above, x.shape[-2:], mode="bilinear", align_corners=False)
             above = smooth(x)
@@ -1113,8 +1141,11 @@ def load_model(path, encoder=None):
         encoder = Encoder(about["encoder"], frozen=not own)
         if own:
             encoder.load_state_dict(own)
-    decoder = Decoder(**about["decoder"])
-    decoder.load_state_dict({k.removeprefix("decoder."): v for k, v in tensors.items() if k.startswith("decoder.")})
+    try:
+        decoder = Decoder(**about["decoder"])
+        decoder.load_state_dict({k.removeprefix("decoder."): v for k, v in tensors.items() if k.startswith("decoder.")})
+    except (TypeError, RuntimeError):
+        raise Stop(f"{path} holds a decoder of another version of this repo: train it again into another --OUT, or check out the commit that its run.json names") from None
     return encoder.eval(), decoder.eval(), about
 
 

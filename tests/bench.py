@@ -7,12 +7,15 @@ bench: what is fast here, measured side by side in one process against the plain
 refine    04's refinement against the official path written down plainly: class by class, one image at a time, three masks up-sampled, regrouped in Python
 decoder   common.Decoder against the head of Mask2Former from transformers: forward and backward on the same feature maps, parameters, peak memory
 step      where the time of one step of 04 goes
-scores    the confusion matrix against cityscapesScripts' evaluation, if it is installed"""
+scores    the confusion matrix against cityscapesScripts' evaluation, if it is installed
+growth    02 and 04 with 100, 1,000 and 5,000 pictures: seconds, memory, disk"""
 import importlib
+import json
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -109,12 +112,12 @@ def _vit_h():
 class Mask2FormerHead(nn.Module):
     """The head of transformers' Mask2Former (deformable pixel decoder, masked attention) behind the interface of common.Decoder."""
 
-    def __init__(self, channels, classes, dim, queries, layers, hidden, heads=8):
+    def __init__(self, channels, classes, dim, queries, layers, hidden, pixel_layers=6, heads=8):
         super().__init__()
         from transformers import Mask2FormerConfig
         from transformers.models.mask2former import modeling_mask2former as library
-        self.sizes = dict(channels=list(channels), classes=classes, dim=dim, queries=queries, layers=layers, hidden=hidden, heads=heads)
-        config = Mask2FormerConfig(feature_size=dim, mask_feature_size=dim, hidden_dim=dim, encoder_feedforward_dim=4 * dim, dim_feedforward=hidden, num_queries=queries,
+        self.sizes = dict(channels=list(channels), classes=classes, dim=dim, queries=queries, layers=layers, hidden=hidden, pixel_layers=pixel_layers, heads=heads)
+        config = Mask2FormerConfig(feature_size=dim, mask_feature_size=dim, hidden_dim=dim, encoder_layers=pixel_layers, encoder_feedforward_dim=4 * dim, dim_feedforward=hidden, num_queries=queries,
                                    decoder_layers=layers + 1, num_attention_heads=heads, num_labels=classes)
         self.pixels, self.transformer = library.Mask2FormerPixelDecoder(config, list(channels)), library.Mask2FormerTransformerModule(dim, config)
         self.class_head = nn.Linear(dim, classes + 1)
@@ -127,16 +130,15 @@ class Mask2FormerHead(nn.Module):
         return torch.stack([self.class_head(h.transpose(0, 1)) for h in out.intermediate_hidden_states]), torch.stack(list(out.masks_queries_logits))
 
 
-DECODERS = {"768 x 768, ConvNeXt-L": ((192, 384, 768, 1536), (768, 768), 19, 1, dict(ours=(256, 100, 6, 512), official=(256, 100, 9, 2048))),
-            "toy, 16 images": ((96, 192, 384, 768), (128, 256), 12, 16, dict(ours=(64, 24, 3, 128), official=(64, 24, 9, 512)))}
+DECODERS = {"768 x 768, ConvNeXt-L": ((192, 384, 768, 1536), (768, 768), 19, 1, dict(ours=(256, 100, 6, 512, 3), official=(256, 100, 9, 2048, 6))),
+            "toy, 16 images": ((96, 192, 384, 768), (128, 256), 12, 16, dict(ours=(64, 24, 3, 128, 3), official=(64, 24, 9, 512, 6)))}
 
 
 def decoder_way(which, name):
     """-> forward and backward of a decoder, once, and its number of parameters."""
     channels, (height, width), classes, batch, sizes = DECODERS[name]
-    dim, queries, layers, hidden = sizes[which]
     torch.manual_seed(0)
-    decoder = {"ours": common.Decoder, "official": Mask2FormerHead}[which](channels, classes, dim, queries, layers, hidden)
+    decoder = {"ours": common.Decoder, "official": Mask2FormerHead}[which](channels, classes, *sizes[which])
     features = [torch.randn(batch, c, height // s, width // s) for c, s in zip(channels, (4, 8, 16, 32))]
 
     def way():
@@ -172,7 +174,7 @@ def bench_step():
     stage, source_stage = importlib.import_module("04_selftrain"), importlib.import_module("03_train_source")
     encoder = common.Encoder(source_stage.ENCODER)
     torch.manual_seed(0)
-    student = common.Decoder(encoder.channels, len(common.CLASSES), source_stage.DIM, source_stage.QUERIES, source_stage.LAYERS, source_stage.HIDDEN)
+    student = common.Decoder(encoder.channels, len(common.CLASSES), source_stage.DIM, source_stage.QUERIES, source_stage.LAYERS, source_stage.HIDDEN, source_stage.PIXEL_LAYERS)
     optimizer, sam = common.make_optimizer(student, .05), stage.load_sam(stage.SAM)
     scenes = [world.draw(s, "day") for s in world.seeds("validation", "day", 12)]
     source = [(world.Image.fromarray(s[0]), s[1]) for s in scenes[:8]]
@@ -230,6 +232,34 @@ def bench_scores():
     return [("scoring a 2048 x 1024 prediction against its label file, cityscapesScripts", seconds["official"], seconds["ours"])]
 
 
+def bench_growth(counts=(100, 1_000, 5_000), steps=20):
+    """02 over a folder where everything is painted, and 04 with as many labelled and painted images -> rows (n, 02: seconds, GB; 04: seconds before the first step, a step, GB, MB of cache an image)"""
+    rows, image, label = [], *world.draw(world.seeds("validation", "day")[0], "day")[:2]
+    paint = importlib.import_module("02_generate")
+    with tempfile.TemporaryDirectory() as work:
+        def run(stage, *arguments):
+            subprocess.run([sys.executable, ROOT / f"{stage}.py", *arguments], check=True, stdout=subprocess.DEVNULL, cwd=ROOT, env={**os.environ, "RUN": str(folder)})
+            return json.loads((folder / stage / "run.json").read_text())
+        for n in counts:
+            folder = Path(work) / str(n)
+            for part in ("01_prompts", "02_generate", "source/images", "source/labels"):
+                (folder / part).mkdir(parents=True)
+            (folder / "01_prompts/prompts.txt").write_text("a photo of a street\n")
+            for i in range(n):
+                note = paint.PngImagePlugin.PngInfo()
+                note.add_text("prompt", "a photo of a street"), note.add_text("seed", str(i))
+                world.Image.fromarray(image).save(folder / f"02_generate/{i:05d}_p0000.png", pnginfo=note)
+                (folder / f"source/images/{i}.png").symlink_to(folder / f"02_generate/{i:05d}_p0000.png")
+                world.Image.fromarray(label).save(folder / f"source/labels/{i}.png")
+            listing, source = run("02_generate", f"--N_IMAGES={n}"), f"--SOURCE=folder:{folder}/source"
+            run("03_train_source", source, "--ITERATIONS=1", "--BATCH=1")
+            training = run("04_selftrain", source, f"--ITERATIONS={steps}", f"--LOG_EVERY={steps}", "--PREVIEW_EVERY=1000")
+            pace = json.loads((folder / "04_selftrain/log.jsonl").read_text())["seconds"]
+            cached = next((folder / "02_generate").glob("sam_*/*.npy"))
+            rows.append((n, listing["wall_seconds"], listing["peak_memory_gb"], training["wall_seconds"] - steps * pace, pace, training["peak_memory_gb"], cached.stat().st_size / 1e6))
+    return rows
+
+
 def main(parts):
     common.steady_cpu()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -245,10 +275,14 @@ def main(parts):
         print("\n| a step of 04 (toy) | ms | share |\n|---|---:|---:|")
         for what, seconds in rows:
             print(f"| {what} | {1000 * seconds:.0f} | {100 * seconds / total:.0f} % |")
+    if "growth" in parts:
+        print("\n| pictures | 02, all of them there: seconds | GB | 04: seconds before and after the steps | a step | GB | SAM's cache, MB a picture |\n|---:|---:|---:|---:|---:|---:|---:|")
+        for row in bench_growth():
+            print("| " + " | ".join(f"{value:,.3g}" if isinstance(value, float) else f"{value:,}" for value in row) + " |", flush=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["_peak"]:
         peak(*sys.argv[2:])
     else:
-        main(sys.argv[1:] or ("refine", "decoder", "scores", "step"))
+        main(sys.argv[1:] or ("refine", "decoder", "scores", "step", "growth"))

@@ -27,7 +27,7 @@ def test_one_step_and_one_prediction(random_weights, monkeypatch, name):
     torch.manual_seed(0)
     encoder = common.Encoder(name)
     assert encoder.channels == channels and abs(sum(p.numel() for p in encoder.parameters()) / 1e6 - millions) < .1
-    decoder = common.Decoder(channels, 19, 256, 100, 6, 512)                       # the paper presets' size
+    decoder = common.Decoder(channels, 19, 256, 100, 6, 512, 3)                       # the paper presets' size
     assert 7e6 < sum(p.numel() for p in decoder.parameters()) < 10e6
     images, labels = torch.randint(0, 255, (1, 3, 64, 96), dtype=torch.uint8), torch.arange(96).div(6, rounding_mode="floor").expand(1, 64, -1).clone()
     features = encoder(images)

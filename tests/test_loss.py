@@ -131,10 +131,21 @@ def test_the_semantic_map_is_the_sum_of_class_times_mask():
 
 def test_decoder_shapes_for_any_input_size():
     torch.manual_seed(0)
-    decoder = common.Decoder([8, 16, 24, 32], classes=5, dim=32, queries=7, layers=3, hidden=48)
+    decoder = common.Decoder([8, 16, 24, 32], classes=5, dim=32, queries=7, layers=3, hidden=48, pixel_layers=2)
     for h, w in ((64, 96), (32, 160)):
         classes, masks = decoder([torch.randn(2, c, h // s, w // s) for c, s in zip((8, 16, 24, 32), (4, 8, 16, 32))])
         assert classes.shape == (4, 2, 7, 6) and masks.shape == (4, 2, 7, h // 4, w // 4)
+
+
+def test_a_pixel_layer_adds_the_neighbours_in_scale():
+    layer = common.PixelLayer(4, 8)
+    for parameter in layer.parameters():
+        torch.nn.init.zeros_(parameter)                                            # the feed-forward adds nothing,
+    layer.norms = torch.nn.ModuleList(torch.nn.Identity() for _ in range(2))
+    with torch.no_grad():
+        layer.mix.weight[:, 0, 2, 2] = 1.                                          # and 5 x 5 pixels are the one in the middle: x + (x + finer + coarser)
+    out = layer([torch.full((1, 4, 8 // s, 16 // s), value) for s, value in ((1, 1.), (2, 10.), (4, 100.))])
+    assert [(x == v).all().item() for x, v in zip(out, (1 + 1 + 10, 10 + 10 + 1 + 100, 100 + 100 + 10))] == [True] * 3 and out[0].shape == (1, 4, 8, 16)
 
 
 def test_attention_equals_torchs_own_and_obeys_the_mask():
@@ -150,7 +161,7 @@ def test_attention_equals_torchs_own_and_obeys_the_mask():
 
 
 def test_norms_and_embeddings_do_not_decay():
-    decoder = common.Decoder([8, 8, 8, 8], 3, 16, 4, 1, 16)
+    decoder = common.Decoder([8, 8, 8, 8], 3, 16, 4, 1, 16, 1)
     decayed, free = common.make_optimizer(decoder, .05).param_groups
     assert decayed["weight_decay"] == .05 and free["weight_decay"] == 0
     assert any(p is decoder.query.weight for p in free["params"]) and any(p is decoder.norm.weight for p in free["params"])

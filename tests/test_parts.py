@@ -17,7 +17,7 @@ def gradients(parts, half=False, frozen=True):
     """Loss and gradients of the toy's network on 8 images of noise."""
     torch.manual_seed(0)
     encoder = common.Encoder("local-dir:tests/toy/weights/clip", frozen).eval()     # eval: BatchNorm in train mode sees its part only
-    decoder = common.Decoder(encoder.channels, 12, 32, 16, 2, 32)
+    decoder = common.Decoder(encoder.channels, 12, 32, 16, 2, 32, 1)
     random = torch.Generator().manual_seed(1)
     images, labels = torch.randint(0, 255, (8, 3, 64, 96), dtype=torch.uint8, generator=random), torch.randint(0, 12, (8, 1, 1), generator=random).expand(-1, 64, 96).clone()
     labels[:, :, 50:] = torch.randint(0, 12, (8, 64, 46), generator=random)

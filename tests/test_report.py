@@ -46,7 +46,7 @@ def test_a_perfect_sam_answers_with_the_true_piece_of_most_points():
 def test_another_decoder_takes_the_place_of_ours_also_when_it_is_loaded(monkeypatch, oracle, masks):
     monkeypatch.setattr(common, "Decoder", common.Decoder)                         # put back afterwards
     report.with_oracle({}, oracle)
-    decoder = common.Decoder([3] * 4, 2, 64, 4, 3, 16)
+    decoder = common.Decoder([3] * 4, 2, 64, 4, 3, 16, 2)
     classes, logits = decoder([torch.zeros(2, 3, 64 // 4 // 2 ** i, 128 // 4 // 2 ** i) for i in range(4)])
     assert classes.shape == (4, 2, 4, 3) and logits.shape == (4, 2, 4, *masks) and decoder.sizes["layers"] == 3
 

@@ -8,6 +8,7 @@ report: the paper's tables in miniature, with seeds and intervals. Trains every 
     python tests/toy/report.py sizes                      the decoder in other sizes, seed 0, on validation scenes
     python tests/toy/report.py seconds                    what a training step of each size takes: run it on an idle machine
     python tests/toy/report.py models                     scores of the miniature foundation models
+    python tests/toy/report.py pictures                   the paper's Figures 2, 3 and 4 from seed 0 -> tests/toy/pictures
     python tests/toy/report.py write                      runs/report -> results.json, and with report.md -> README.md
 
 Rows lie in runs/report/seedS/ROW. A row is stage 03 or 04 with the toy preset's constants except those that ROWS names, so a row is also
@@ -76,17 +77,19 @@ TRIED = {"as shipped":                                ("sam",         ()),
          "majority vote":                             ("vote",        ()),
          "purity":                                    ("sam",         ("--REFINE=purity",)),
          "unlabelled = negative (official)":          ("sam",         ("--UNLABELLED=negative",))}
-#        the decoder's size                           row                constants: 24 queries, 3 layers, width 64 unless said
-SIZES = {"as shipped: 24 queries, 3 layers, width 64, masks at 1/4": ("source", ()),
-         "12 queries":                                ("source",          ("--QUERIES=12",)),
-         "48 queries":                                ("source",          ("--QUERIES=48",)),
+#        the decoder's size                           row                constants: 24 queries, 3 layers, 3 pixel layers, width 64 unless said
+SIZES = {"as shipped":                                ("source",          ()),
+         "no pixel layers: a plain FPN":              ("source",          ("--PIXEL_LAYERS=0",)),
+         "6 pixel layers":                            ("source",          ("--PIXEL_LAYERS=6",)),
          "1 layer":                                   ("source",          ("--LAYERS=1",)),
          "6 layers":                                  ("source",          ("--LAYERS=6",)),
+         "12 queries":                                ("source",          ("--QUERIES=12",)),
+         "48 queries":                                ("source",          ("--QUERIES=48",)),
          "width 32":                                  ("source",          ("--DIM=32", "--HIDDEN=64")),
          "width 128":                                 ("source",          ("--DIM=128", "--HIDDEN=256")),
          "masks at 1/8":                              ("source_stride_8", ()),
-         "Mask2Former's head (transformers), 3 layers": ("source_mask2former", ()),
-         "Mask2Former's head, 9 layers of 512":       ("source_mask2former", ("--LAYERS=9", "--HIDDEN=512"))}
+         "Mask2Former's head (transformers)":         ("source_mask2former", ("--PIXEL_LAYERS=6",)),
+         "the same, for as long as ours took":        ("source_mask2former", ("--PIXEL_LAYERS=6", "--ITERATIONS=170"))}
 
 
 # ----------------------------------------------------------------------------- one row
@@ -260,11 +263,11 @@ def seconds():
     images, labels = common.source_batch(common.pairs(stage.SOURCE, "train"), stage.SOURCE, 0, stage.BATCH, 0, stage.CROP, stage.SCALE, encoder.fill)
     features, plain, decoders = encoder(images), common.Decoder, {}
     for title, (row, constants) in SIZES.items():
-        size = {k: getattr(stage, k) for k in ("DIM", "QUERIES", "LAYERS", "HIDDEN")} | {k: int(v) for k, v in (c.removeprefix("--").split("=") for c in constants)}
+        size = {k: getattr(stage, k) for k in ("DIM", "QUERIES", "LAYERS", "HIDDEN", "PIXEL_LAYERS")} | {k: int(v) for k, v in (c.removeprefix("--").split("=") for c in constants) if k != "ITERATIONS"}
         if ROWS[row][2]:
             with_oracle(vars(stage), ROWS[row][2])
         torch.manual_seed(0)
-        decoders[title] = common.Decoder(encoder.channels, len(common.CLASSES), *(size[k] for k in ("DIM", "QUERIES", "LAYERS", "HIDDEN")))
+        decoders[title] = common.Decoder(encoder.channels, len(common.CLASSES), *(size[k] for k in ("DIM", "QUERIES", "LAYERS", "HIDDEN", "PIXEL_LAYERS")))
         common.Decoder = plain
     times = {title: [] for title in SIZES}
     for i in range(17):
@@ -525,6 +528,63 @@ def figure(path, results, title, rows, seeds=("0", "1", "2")):
     return True
 
 
+# ----------------------------------------------------------------------------- the paper's Figures 2, 3 and 4
+def titled(pictures, columns, height=256):
+    """[(title, uint8 (h, w, 3))] -> one picture of so many columns, titles above."""
+    tiles = []
+    for title, array in pictures:
+        tile = world.Image.new("RGB", (height * array.shape[1] // array.shape[0] + 4, height + 20), "white")
+        tile.paste(world.Image.fromarray(array).resize((tile.width - 4, height), world.Image.NEAREST), (0, 18))
+        world.ImageDraw.Draw(tile).text((2, 3), title, fill="black")
+        tiles.append(np.asarray(tile))
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
+    return np.concatenate([np.concatenate(tiles[i:i + columns], 1) for i in range(0, len(tiles), columns)])
+
+
+def figure4(image, encoder, teacher, seed=0):
+    """One painted image through `refine`, step by step: teacher's label, components, points, SAM's masks, redrawn label. image uint8 (3, H, W)"""
+    stage, random = importlib.import_module("04_selftrain"), common.randomness(seed, 0, 4)
+    sam = stage.load_sam(stage.SAM)
+    label = common.predict(encoder, teacher, image[None])[0].argmax(0).to(torch.uint8).numpy()
+    piece, cls, area = stage.components(label)
+    keep = np.flatnonzero((area >= stage.SAM_MIN_AREA) & (np.arange(len(area)) > 0))
+    points = stage.random_points(piece, area, keep, stage.SAM_POINTS, common.randomness(seed, 0, 4))
+    with torch.no_grad():
+        embedding = stage.sam_encode(sam, image)
+        masks = stage.sam_masks(sam, embedding, torch.zeros(len(keep), dtype=torch.int64), torch.from_numpy(points), label.shape).numpy()
+    refined, _ = stage.refine(sam, embedding, label[None], [random])
+    hue = np.random.default_rng(3).integers(60, 256, (len(keep), 3), dtype=np.uint8)
+    pieces, drawn = np.full((*label.shape, 3), 30, np.uint8), np.full((*label.shape, 3), 30, np.uint8)
+    for colour, k in zip(hue, keep):
+        pieces[piece == k] = colour
+    for m in np.argsort(-masks.sum((1, 2))):                             # small masks on top
+        drawn[masks[m]] = hue[m]
+    marked = world.Image.fromarray(pieces).resize((2 * label.shape[1], 2 * label.shape[0]), world.Image.NEAREST)
+    draw = world.ImageDraw.Draw(marked)
+    for of_piece in points:
+        for x, y in of_piece:
+            draw.rectangle((2 * x - 2, 2 * y - 2, 2 * x + 3, 2 * y + 3), fill="white", outline="black")
+    small = int((area[1:] < stage.SAM_MIN_AREA).sum())
+    return titled([("a painted image", image.permute(1, 2, 0).numpy()), ("1. the teacher's label", common.colourise(label)),
+                   (f"2. components: {len(keep)}, each in a colour of its own; {small} are smaller than {stage.SAM_MIN_AREA} px (dark)", pieces),
+                   (f"3. {stage.SAM_POINTS} random points in each", np.asarray(marked)), ("4. the mask that SAM rates highest, for each", drawn),
+                   ("5. union by class; black: no mask, or two classes claim it", common.colourise(refined[0].to(torch.uint8).numpy()))], 2)
+
+
+def draw_pictures(painted=8):
+    """tests/toy/pictures: figure2 (a test scene of each unseen style, before and after self-training), figure3 (painted images, their prompts), figure4. Models of seed 0."""
+    folder, stage, evaluate = HERE / "pictures", importlib.import_module("04_selftrain"), importlib.import_module("05_eval")
+    models = {name: common.load_model(ROOT / f"seed0/{row}/model.safetensors")[:2] for name, row in (("source only, as many steps", "source_only"), ("CLOUDS", "sam"))}
+    scenes = {style: world.draw(world.seeds("test", style, 3)[2], style)[:2] for style in STYLES}
+    columns = [[(image, label, evaluate.segment(*model, world.Image.fromarray(image), label.shape, torch.device("cpu"))) for image, label in scenes.values()] for model in models.values()]
+    evaluate.draw_panel(folder / "figure2.png", list(models), columns)
+    rows = [json.loads(line) for line in (ROOT / "02_generate/index.jsonl").read_text().splitlines()]
+    importlib.import_module("02_generate").contact_sheet(folder / "figure3.png", ROOT / "02_generate", rows)
+    encoder, teacher, _ = common.load_model(source_of("sam", 0))         # theta_0: what the first steps of 04 see
+    with common.whole(folder / "figure4.png") as part:
+        world.Image.fromarray(np.concatenate([figure4(stage.to_crop(ROOT / "02_generate" / rows[painted]["file"]), encoder, teacher), common.legend(1032)])).save(part, "PNG")
+
+
 def sizes_table(found):
     lines = ["| decoder | parameters | seconds a step | game | mean of the five unseen |", "|---|---:|---:|---:|---:|"]
     cell = lambda row, key, form: format(row[key], form) if key in row else ""
@@ -578,7 +638,7 @@ if __name__ == "__main__":
         one(rest[0], int(rest[1]), *rest[2:3], extra=tuple(rest[4:]), split=(rest[3:4] or ["test"])[0])
     elif what == "run" and len(rest) <= 2:
         run(rest[0].split(",") if rest else list(dict.fromkeys((*TABLE5, *TABLE4, *ORACLES))), [int(s) for s in rest[1].split(",")] if len(rest) == 2 else SEEDS)
-    elif what in ("ablations", "tried", "sizes", "seconds", "models", "write") and not rest:
-        {"ablations": ablations, "tried": lambda: single("tried", TRIED), "sizes": lambda: single("sizes", SIZES), "seconds": seconds, "models": models, "write": write}[what]()
+    elif what in ("ablations", "tried", "sizes", "seconds", "models", "pictures", "write") and not rest:
+        {"ablations": ablations, "tried": lambda: single("tried", TRIED), "sizes": lambda: single("sizes", SIZES), "seconds": seconds, "models": models, "pictures": draw_pictures, "write": write}[what]()
     else:
         sys.exit(__doc__)
