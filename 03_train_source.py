@@ -96,12 +96,10 @@ def main():
         common.set_learning_rate(optimizer, LR, step, ITERATIONS, WARMUP, SCHEDULE)
         *predictions, finish = common.in_parts(encoder, decoder, images.to(device, non_blocking=True), PARTS, HALF, order)        # D(E(x)), before the first layer and after each
         loss, terms = common.mask_loss(*predictions, common.gather(labels.to(device, non_blocking=True), order), POINTS, common.seeded(SEED, step, 5))      # eq. 1
-        if not torch.isfinite(loss):
-            names = [str(source[pick(step * BATCH + i)][0]) for i in range(BATCH)]
-            raise Stop(f"step {step}: the loss is {loss.item()}; the last good checkpoint is {checkpoint}. Files: {', '.join(names)}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward(), finish()
-        nn.utils.clip_grad_norm_([p for m in trained for p in m.parameters()], GRAD_CLIP)
+        norm = nn.utils.clip_grad_norm_([p for m in trained for p in m.parameters()], GRAD_CLIP)
+        common.stop_unless_finite(step, loss, norm, checkpoint, [source[pick(step * BATCH + i)][0] for i in range(BATCH)])
         optimizer.step()
 
         done = step + 1

@@ -188,19 +188,23 @@ def sam_decode(sam, embeddings, which, points):
 
 
 class Embeddings:
-    """SAM's image embeddings on disk (float16), beside the painted images: every image is encoded once, for this run and the next."""
+    """SAM's image embeddings on disk (float16), beside the painted images: every image is encoded once, for this run and the next.
+
+    A folder for every SAM and CROP; an image that is newer than its embedding is encoded again."""
 
     def __init__(self, sam, name, folder):
         import hashlib
         digest = hashlib.sha256(Path(sam_file(name)).read_bytes()).hexdigest()[:10]
-        self.sam, self.folder = sam, Path(folder) / f"sam_{digest}"
+        self.sam, self.folder = sam, Path(folder) / f"sam_{digest}_{CROP[0]}x{CROP[1]}"
         self.folder.mkdir(exist_ok=True)
 
     def __call__(self, name, image):
         path = self.folder / f"{Path(name).stem}.npy"
         try:
+            if path.stat().st_mtime < (self.folder.parent / name).stat().st_mtime:
+                raise OSError("older than its image")
             return torch.from_numpy(np.load(path)).float().to(self.sam.device)
-        except (OSError, ValueError, EOFError):              # not there yet, or not whole: make it
+        except (OSError, ValueError, EOFError):              # not there yet, old, or not whole: make it
             embedding = sam_encode(self.sam, image)[0].half().cpu()
             with common.whole(path, each=True) as part, open(part, "wb") as file:
                 np.save(file, embedding.numpy())
@@ -317,11 +321,16 @@ def to_crop(path):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def painted_at(files, step, item):
+    """Which painted image is item 0..N_GENERATED - 1 of a step: every one once an epoch."""
+    return files[common.shuffled(len(files), SEED + 1, step * N_GENERATED + item)]
+
+
 def generated_batch(files, step):
     """The painted images of a step -> clean uint8 (n, 3, H, W), as the student sees them (jittered, flipped), which are flipped (n,), file names."""
     clean, seen, flips, names = [], [], [], []
     for item in common.share(N_GENERATED):
-        path = files[common.shuffled(len(files), SEED + 1, step * N_GENERATED + item)]
+        path = painted_at(files, step, item)
         image, random = to_crop(path), common.randomness(SEED, step, item, 3)
         flip = random.random() < .5
         jittered = common.colour_jitter(image, random)
@@ -415,11 +424,10 @@ def main():
         common.set_learning_rate(optimizer, LR, step, ITERATIONS, WARMUP, SCHEDULE)
         *predictions, finish = common.in_parts(encoder, student, images, PARTS, HALF, order)        # 3. "the same as the source loss": eq. 1
         loss, terms = common.mask_loss(*predictions, common.gather(labels, order), POINTS, common.seeded(SEED, step, 5), UNLABELLED == "ignore")
-        if not torch.isfinite(loss):
-            raise Stop(f"step {step}: the loss is {loss.item()}; the last good checkpoint is {checkpoint}. Files: {', '.join(names) if drawn else 'source only'}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward(), finish()
-        nn.utils.clip_grad_norm_([p for m in trained for p in m.parameters()], GRAD_CLIP)
+        norm = nn.utils.clip_grad_norm_([p for m in trained for p in m.parameters()], GRAD_CLIP)
+        common.stop_unless_finite(step, loss, norm, checkpoint, [source[pick(step * N_SOURCE + i)][0] for i in range(N_SOURCE)] + [painted_at(painted, step, i) for i in range(N_GENERATED)])
         optimizer.step()
         if (step + 1) % EMA_EVERY == 0:                                                     # 4. eq. 2
             ema_update(teacher, student, EMA)

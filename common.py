@@ -982,6 +982,7 @@ def match(class_logits, mask_logits, labels, present, points):
     known = ids.clamp(max=class_logits.shape[-1] - 1)
     likely = class_logits.float().softmax(-1).gather(3, known[None, :, None].expand(layers, -1, queries, -1))
     cost = (MASK_WEIGHT * bce + DICE_WEIGHT * dice - CLASS_WEIGHT * likely).cpu().numpy()                    # one transfer for all layers
+    cost = np.nan_to_num(cost)                                           # a network that broke is noticed by its loss, not here
     matched = []
     for layer in range(layers):
         for b, classes in enumerate(present):
@@ -1106,6 +1107,14 @@ def set_learning_rate(optimizer, lr, step, total, warmup, schedule):
     """Linear warm-up, then "constant" or "poly" (power 0.9 to zero)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["factor"] * min(1., (step + 1) / max(1, warmup)) * ((1 - step / total) ** .9 if schedule == "poly" else 1.)
+
+
+def stop_unless_finite(step, loss, norm, checkpoint, files):
+    """Before a loss, or a gradient's norm, that is no number reaches the weights: stop, and say at which images. Raises Stop."""
+    if not torch.isfinite(loss + norm):
+        kept = f"the last good checkpoint is {checkpoint}" if Path(checkpoint).exists() else "no checkpoint was written before"
+        raise Stop(f"step {step}: the loss is {loss.item():.3g}, the norm of its gradient {norm.item():.3g}; {kept}. A smaller LR, HALF=False or other images may help. "
+                   "Files of the batch:\n  " + "\n  ".join(map(str, files)))
 
 
 def seeded(*address):

@@ -185,3 +185,9 @@ def test_a_trainable_encoder_learns_at_its_share_of_the_rate():
     assert [g["lr"] for g in optimizer.param_groups] == [1., .1]
     common.set_learning_rate(optimizer, 1., 4, 100, 10, "poly")
     assert abs(optimizer.param_groups[0]["lr"] - .5 * .96 ** .9) < 1e-9
+
+
+def test_a_broken_network_shows_in_the_loss_not_in_the_matching():
+    classes, masks = torch.zeros(2, 1, 3, 4), torch.full((2, 1, 3, 4, 4), float("nan"))
+    loss, _ = common.mask_loss(classes, masks, torch.zeros(1, 16, 16, dtype=torch.int64), 32, common.seeded(0))
+    assert torch.isnan(loss)

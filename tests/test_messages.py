@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import common
-from conftest import ROOT, fresh, script
+from conftest import ROOT, SMALL, fresh, script
 
 
 def test_unknown_preset_lists_the_presets(data, tmp_path):
@@ -196,6 +196,16 @@ def test_a_paper_preset_without_a_gpu_says_what_to_expect(data, tmp_path):
     code = "import common; common.device()"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={"PATH": "/usr/bin", "PRESET": "gta"}).stdout
     assert torch.cuda.is_available() or "warning: no GPU found; PRESET=gta on a CPU takes minutes a step" in said
+
+
+@pytest.mark.parametrize("stage", ["03_train_source", "04_selftrain"])
+def test_a_loss_that_is_no_number_stops_before_it_reaches_the_weights(say, finished, tmp_path, stage):
+    run, _ = finished
+    arguments = [a for a in SMALL[stage] if "SAVE_EVERY" not in a] + ["--LR=1e30", "--WARMUP=0", "--SAVE_EVERY=1", f"--OUT={tmp_path}/out"]
+    line = say(stage, *arguments, run=run)                                         # the first step ruins the weights, the second one notices
+    assert line.startswith(f"{stage}.py: step 1: the loss is ") and f"the last good checkpoint is {tmp_path}/out/checkpoint.pt" in line
+    assert line.count("game_train/images/") == (2 if stage[:2] == "03" else 1) and line.count("02_generate/0000") == (0 if stage[:2] == "03" else 2)
+    assert common.load_checkpoint(tmp_path / "out/checkpoint.pt")["step"] == 1
 
 
 def test_ctrl_c_ends_in_one_line(monkeypatch):

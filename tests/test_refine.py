@@ -1,4 +1,6 @@
 """04's refinement on maps drawn by hand. SAM is replaced by masks that the test chooses: the rules around it are what is tested here."""
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -163,8 +165,11 @@ def test_embeddings_are_made_once_and_made_again_when_damaged(tmp_path, monkeypa
     monkeypatch.setattr(stage, "sam_encode", lambda *a: calls.append(1) or original(*a))
     cache = stage.Embeddings(sam, "tests/toy/weights/sam", tmp_path)
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (3, 128, 256), np.uint8))
+    (tmp_path / "a.png").touch()
     first = cache("a.png", image)
     assert torch.equal(cache("a.png", image), first) and len(calls) == 1
     path = next(cache.folder.glob("*.npy"))
     path.write_bytes(path.read_bytes()[:50])
     assert torch.equal(cache("a.png", image), first) and len(calls) == 2
+    os.utime(tmp_path / "a.png", (2e9, 2e9))                                       # another picture under the old name
+    assert not torch.equal(cache("a.png", 255 - image), first) and len(calls) == 3
