@@ -131,6 +131,7 @@ class Mask2FormerHead(nn.Module):
 
 
 DECODERS = {"768 x 768, ConvNeXt-L": ((192, 384, 768, 1536), (768, 768), 19, 1, dict(ours=(256, 100, 6, 512, 3), official=(256, 100, 9, 2048, 6))),
+            "the same with LAYERS = 3": ((192, 384, 768, 1536), (768, 768), 19, 1, dict(ours=(256, 100, 3, 512, 3), official=(256, 100, 9, 2048, 6))),
             "toy, 16 images": ((96, 192, 384, 768), (128, 256), 12, 16, dict(ours=(64, 24, 3, 128, 3), official=(64, 24, 9, 512, 6)))}
 
 
