@@ -99,7 +99,7 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         loss.backward(), finish()
         norm = nn.utils.clip_grad_norm_([p for m in trained for p in m.parameters()], GRAD_CLIP)
-        common.stop_unless_finite(step, loss, norm, checkpoint, [source[pick(step * BATCH + i)][0] for i in range(BATCH)])
+        common.stop_unless_finite(step, loss, norm, checkpoint, lambda: [source[pick(step * BATCH + i)][0] for i in range(BATCH)])
         optimizer.step()
 
         done = step + 1

@@ -427,7 +427,7 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         loss.backward(), finish()
         norm = nn.utils.clip_grad_norm_([p for m in trained for p in m.parameters()], GRAD_CLIP)
-        common.stop_unless_finite(step, loss, norm, checkpoint, [source[pick(step * N_SOURCE + i)][0] for i in range(N_SOURCE)] + [painted_at(painted, step, i) for i in range(N_GENERATED)])
+        common.stop_unless_finite(step, loss, norm, checkpoint, lambda: [source[pick(step * N_SOURCE + i)][0] for i in range(N_SOURCE)] + [painted_at(painted, step, i) for i in range(N_GENERATED)])
         optimizer.step()
         if (step + 1) % EMA_EVERY == 0:                                                     # 4. eq. 2
             ema_update(teacher, student, EMA)

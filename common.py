@@ -1110,11 +1110,11 @@ def set_learning_rate(optimizer, lr, step, total, warmup, schedule):
 
 
 def stop_unless_finite(step, loss, norm, checkpoint, files):
-    """Before a loss, or a gradient's norm, that is no number reaches the weights: stop, and say at which images. Raises Stop."""
+    """Before a loss, or a gradient's norm, that is no number reaches the weights: stop, and name the images, which files() lists. Raises Stop."""
     if not torch.isfinite(loss + norm):
         kept = f"the last good checkpoint is {checkpoint}" if Path(checkpoint).exists() else "no checkpoint was written before"
         raise Stop(f"step {step}: the loss is {loss.item():.3g}, the norm of its gradient {norm.item():.3g}; {kept}. A smaller LR, HALF=False or other images may help. "
-                   "Files of the batch:\n  " + "\n  ".join(map(str, files)))
+                   "Files of the batch:\n  " + "\n  ".join(map(str, files())))
 
 
 def seeded(*address):

@@ -545,16 +545,15 @@ def titled(pictures, columns, height=256):
 
 def figure4(image, encoder, teacher, seed=0):
     """One painted image through `refine`, step by step: teacher's label, components, points, SAM's masks, redrawn label. image uint8 (3, H, W)"""
-    stage, random = importlib.import_module("04_selftrain"), common.randomness(seed, 0, 4)
+    stage = importlib.import_module("04_selftrain")
     sam = stage.load_sam(stage.SAM)
     label = common.predict(encoder, teacher, image[None])[0].argmax(0).to(torch.uint8).numpy()
-    piece, cls, area = stage.components(label)
-    keep = np.flatnonzero((area >= stage.SAM_MIN_AREA) & (np.arange(len(area)) > 0))
-    points = stage.random_points(piece, area, keep, stage.SAM_POINTS, common.randomness(seed, 0, 4))
+    embedding = stage.sam_encode(sam, image)
+    refined, prompts = stage.refine(sam, embedding, label[None], [common.randomness(seed, 0, 4)])
+    points, (piece, _, area) = np.stack([at for _, _, at in prompts]), stage.components(label)
+    keep = [piece[int(y), int(x)] for (x, y), *_ in points]              # the piece that each prompt's points were drawn in
     with torch.no_grad():
-        embedding = stage.sam_encode(sam, image)
         masks = stage.sam_masks(sam, embedding, torch.zeros(len(keep), dtype=torch.int64), torch.from_numpy(points), label.shape).numpy()
-    refined, _ = stage.refine(sam, embedding, label[None], [random])
     hue = np.random.default_rng(3).integers(60, 256, (len(keep), 3), dtype=np.uint8)
     pieces, drawn = np.full((*label.shape, 3), 30, np.uint8), np.full((*label.shape, 3), 30, np.uint8)
     for colour, k in zip(hue, keep):
