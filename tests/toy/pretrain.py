@@ -10,7 +10,7 @@ pretrain: train the four miniature foundation models on the miniature world's we
 The web: 15,000 scenes of all styles with captions and instance masks, drawn by world.py into data/toy/web when missing (5 minutes, 2.4 GB).
 No model here sees a train, validation or test scene, nor a class label; SAM sees masks without names, as the real one did.
 Checkpoints: data/toy/pretrain/MODEL.pt. Beside the weights lies training.json: command, steps, minutes, losses, scores.
-The minutes count training only and on one core (OMP_NUM_THREADS=1); the schedule is a cosine over them, so a longer run is another run.
+The minutes count training only, on one core (OMP_NUM_THREADS=1; the last run of sam on two); the schedule is a cosine over them, so a longer run is another run.
 --more begins at the shipped weights of sam or diffusion, with a schedule of its own; training.json lists what the weights have had before.
 """
 import json
@@ -233,11 +233,12 @@ def clip(minutes):
 
 
 # ----------------------------------------------------------------------------- SAM
-def mask_prompts(label, instance, random, n, n_points, wrong=.1):
-    """n prompts of a scene: a connected piece of one class (5 of 6) or of one thing -> masks (n, H, W) bool, points (n, n_points, 2) of (x, y),
+def mask_prompts(label, instance, random, n, n_points, wrong=.2):
+    """n prompts of a scene: a connected piece of one class (9 of 10) or of one thing -> masks (n, H, W) bool, points (n, n_points, 2) of (x, y),
     piece int32 (H, W), the number of the piece at every pixel.
 
-    Pieces are drawn class by class, so that poles come as often as roads. A share `wrong` of the points of a prompt lies elsewhere, as a teacher's do."""
+    Pieces are drawn class by class, so that poles come as often as roads, and within a class the larger the oftener. In a third of the prompts of five
+    points and more a share `wrong` of them lies elsewhere, as a teacher's do."""
     import importlib
     components = importlib.import_module("04_selftrain").components
     maps = [components(label)]
@@ -245,17 +246,17 @@ def mask_prompts(label, instance, random, n, n_points, wrong=.1):
     maps.append((thing.reshape(label.shape), ids % 12, np.bincount(thing.ravel())))
     masks, points = [], []
     while len(masks) < n:
-        piece, cls, area = maps[int(random.random() < 1 / 6)]
+        piece, cls, area = maps[int(random.random() < 1 / 10)]
         large = np.flatnonzero((area >= 30) & (cls < 12))
         if len(large) == 0:
             continue
         classes = np.unique(cls[large])
         large = large[cls[large] == classes[random.integers(len(classes))]]
-        mask = piece == large[random.integers(len(large))]
+        mask = piece == random.choice(large, p=np.sqrt(area[large]) / np.sqrt(area[large]).sum())
         inside = np.flatnonzero(mask)
         chosen = inside[random.integers(len(inside), size=n_points)]
-        if n_points >= 5 and random.random() < .5:
-            stray = random.random(n_points) < 2 * wrong
+        if n_points >= 5 and random.random() < 1 / 3:
+            stray = random.random(n_points) < wrong
             stray[0] = False
             chosen = np.where(stray, random.integers(mask.size, size=n_points), chosen)
         y, x = np.divmod(chosen, mask.shape[1])
@@ -285,6 +286,8 @@ def sam(minutes):
     """Promptable masks in segment_anything's own classes.
 
     Loss as SAM: of three masks the best one learns (BCE, inside and outside weighted apart, + dice), and the predicted IoU follows the true IoU of each.
+    Several points leave little doubt which piece is meant: then the mask that is rated highest, the one that 04 uses, learns too, mostly by its soft IoU
+    (SAM has a fourth mask for such prompts).
     Helper loss (in the place of SAM's MAE pre-training): every cell of the embedding also says which of its pixels belong together, see same_piece.
     For the first 1,000 steps it is alone."""
     import importlib
@@ -306,7 +309,7 @@ def sam(minutes):
     def loss_of(step):
         step += begun
         random = common.randomness(2, step)
-        n_points = (1, 5, 5, 5, 10)[step % 5]
+        n_points = (1, 5, 5, 5, 10, 5, 5, 5)[step % 8]
         chosen = random.integers(0, len(jobs), scenes)
         x = (torch.from_numpy(np.stack([images[i] for i in chosen])).permute(0, 3, 1, 2).float() - model.pixel_mean) / model.pixel_std
         masks, points, pieces = zip(*(mask_prompts(labels[i], instances[i], random, prompts, n_points) for i in chosen))
@@ -325,14 +328,16 @@ def sam(minutes):
         share = 4 + 1000 * max(0., 1 - (step - alone) / 500)                # first both sides of the border weigh the same (a plain mean ends in empty masks),
         bce = ((bce * target).sum((2, 3)) / inside + (bce * (1 - target)).sum((2, 3)) / torch.minimum(outside, share * inside)) / 2      # later small things must not spill over
         p = logits.sigmoid()
-        dice = 1 - (2 * (p * target).sum((2, 3)) + 1) / (p.sum((2, 3)) + target.sum((2, 3)) + 1)
-        best = (bce + dice).min(1).values
+        both, either = (p * target).sum((2, 3)), p.sum((2, 3)) + target.sum((2, 3))
+        dice, soft_iou = 1 - (2 * both + 1) / (either + 1), (both + 1) / (either - both + 1)
+        best = (bce + dice).min(1).values.mean()
+        used = (.5 * bce + 1 - soft_iou).gather(1, scores.argmax(1, keepdim=True)).mean() if n_points > 1 else 0.
         with torch.no_grad():
             hard, true = logits > 0, target > .5
             iou = (hard & true).sum((2, 3)) / (hard | true).sum((2, 3)).clamp(min=1)
         rated = (scores - iou).pow(2).mean()
-        return best.mean() + rated + .5 * together, {"together": together.item(), "rated": rated.item(), "iou": iou.gather(1, scores.argmax(1, keepdim=True)).mean().item(),
-                                                     "iou_best": iou.max(1).values.mean().item()}
+        return .5 * best + used + rated + .25 * together, {"together": together.item(), "rated": rated.item(), "iou": iou.gather(1, scores.argmax(1, keepdim=True)).mean().item(),
+                                                           "iou_best": iou.max(1).values.mean().item()}
 
     rows = train("sam", {"model": model, "helper": helper}, loss_of, minutes, 4e-4 if begun else 1e-3, ema=.998)       # from trained weights, 1e-3 took 30 minutes to come back to where it began
     save_file(half(model), folder / "model.safetensors")
