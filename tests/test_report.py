@@ -17,6 +17,11 @@ def test_differences_are_paired_by_seed():
     assert "| b | 12.0 | " not in text and "**22.0** ± 24.8 | 3 | +2.0 ± 0.0 |" in text
 
 
+def test_the_table_of_labels_says_right_per_cent_and_labelled_per_cent():
+    found = {"redrawn by SAM": {s: {"right": .5 if s == "fog" else .75, "labelled": .4, "miou": 30.} for s in report.STYLES}}
+    assert report.labels_table(found).splitlines()[-1] == "| redrawn by SAM | 75 (40) | 75 (40) | 75 (40) | 50 (40) | 75 (40) | 70 (40) | 30.0 |"
+
+
 def test_frechet_distance_of_a_shift_is_its_square():
     cloud = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     assert report.frechet(cloud, cloud) == pytest.approx(0, abs=1e-4) and report.frechet(cloud, cloud + torch.tensor([3., 0., 4.])) == pytest.approx(25, abs=1e-3)

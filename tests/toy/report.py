@@ -92,6 +92,15 @@ SIZES = {"as shipped":                                ("source",          ()),
          "the same, for as long as ours took":        ("source_mask2former", ("--PIXEL_LAYERS=6", "--ITERATIONS=160"))}
 
 
+#        a pseudo-label                              REFINE     oracle
+LABELS = {"the teacher's, raw":                       ("",        None),
+          "raw, where SAM kept a label":              ("points",  "raw where SAM kept"),
+          "redrawn by SAM":                           ("points",  None),
+          "SAM, majority vote":                       ("vote",    None),
+          "SAM, impure masks dropped":                ("purity",  None),
+          "redrawn with true masks":                  ("points",  "true masks")}
+
+
 # ----------------------------------------------------------------------------- one row
 def draw_rendered(n=40):
     """n web scenes of each unseen style as 02 would have left them, with their labels beside them."""
@@ -338,6 +347,31 @@ class Clip:
 PLACES = dict(game="daylight", day="daylight", night="the dark", snow="the snow", fog="the fog", rain="the rain")
 
 
+@torch.no_grad()
+def score_labels():
+    """What the student would be taught of the rendered scenes, whose truth is known: share of pixels with a label, of those the share that is right, and mIoU on them; theta_0 of seed 0."""
+    stage, evaluate, found = importlib.import_module("04_selftrain"), importlib.import_module("05_eval"), {}
+    sam, whole, (encoder, teacher, _) = stage.load_sam(stage.SAM), (stage.sam_masks, stage.refine, stage.REFINE), common.load_model(source_of("sam", 0))
+    scenes = []
+    for path in sorted((RENDERED / "images").glob("*.png")):
+        image, truth = stage.to_crop(path), np.array(world.Image.open(RENDERED / "labels" / path.name))
+        scenes.append((common.predict(encoder, teacher, image[None]).argmax(1).to(torch.uint8).numpy(), stage.sam_encode(sam, image), truth))
+    for kind, (rule, oracle) in LABELS.items():
+        stage.REFINE, found[kind] = rule, {}
+        if oracle:
+            with_oracle(vars(stage), oracle)
+        for style, part in zip(STYLES, np.array_split(np.arange(len(scenes)), len(STYLES))):
+            matrix = 0
+            for i in part:
+                rough, embedding, truth = scenes[i]
+                seen = torch.from_numpy(truth.astype(np.int64))[None] if oracle == "true masks" else embedding
+                label = stage.refine(sam, seen, rough, [common.randomness(0, i, 4)])[0].numpy()[0] if rule else rough[0]
+                matrix = matrix + evaluate.confusion(truth, label.astype(np.uint8), len(common.CLASSES))
+            found[kind][style] = {"labelled": matrix.sum() / len(part) / truth.size, "right": np.trace(matrix) / matrix.sum(), "miou": evaluate.mean_iou(matrix)[0]}
+        stage.sam_masks, stage.refine, stage.REFINE = whole
+    return found
+
+
 def score_clip(n=60):
     """Zero-shot: the style by the nearest of six sentences; mean average precision of 'is this class in the picture', one sentence a class and weather."""
     clip = Clip()
@@ -424,7 +458,7 @@ def score_llm():
 def models():
     rounded = lambda x: {k: rounded(v) for k, v in x.items()} if isinstance(x, dict) else round(x, 3) if isinstance(x, float) else x
     (ROOT / "models").mkdir(parents=True, exist_ok=True)
-    for name, score in (("sam", score_sam), ("clip", score_clip), ("diffusion", score_diffusion), ("llm", score_llm)):
+    for name, score in (("sam", score_sam), ("labels", score_labels), ("clip", score_clip), ("diffusion", score_diffusion), ("llm", score_llm)):
         found = rounded(score())
         common.write_json(ROOT / f"models/{name}.json", found)
         print(name, found, flush=True)
@@ -619,12 +653,22 @@ def models_table(found):
     return "\n".join(lines)
 
 
+def labels_table(found):
+    """Of each style: right per cent of the labelled pixels, and how many are labelled."""
+    lines = ["| right % (labelled %) | " + " | ".join(STYLES) + " | mean | mIoU where labelled |", "|---|" + "---:|" * (len(STYLES) + 2)]
+    for kind in (kind for kind in LABELS if kind in found):
+        each = 100 * np.array([[found[kind][s][k] for k in ("right", "labelled")] for s in STYLES])
+        lines.append(f"| {kind} | " + " | ".join(f"{right:.0f} ({labelled:.0f})" for right, labelled in (*each, each.mean(0))) + f" | {np.mean([found[kind][s]['miou'] for s in STYLES]):.1f} |")
+    return "\n".join(lines)
+
+
 def write():
     results = gather()
     text = (HERE / "report.md").read_text()
     parts = {"table4": table(results, TABLE4, "source_only"), "classes": by_class(results, TABLE4), "oracles": table(results, ORACLES, "source_only"), "table5": table(results, TABLE5, "source"),
              "sizes": sizes_table({t: results["sizes"][t] for t in SIZES if "mean" in results.get("sizes", {}).get(t, {})}), "tried": tried_table({t: results["tried"][t] for t in TRIED if t in results.get("tried", {})}),
-             "more": table(results, UNLIKE, "sam"), "models": models_table(results["models"])}
+             "more": table(results, UNLIKE, "sam"), "models": models_table(results["models"]),
+             "labels": labels_table(results["models"].get("labels", {}))}
     for name, (title, rows) in FIGURES.items():
         figure(HERE / f"pictures/{name}.png", results, title, rows)
     for name, part in parts.items():
