@@ -643,7 +643,7 @@ def models_table(found):
         lines += [f"| CLIP | style by the nearest of six sentences, zero-shot | {100 * m['style_mean']:.0f} % |", f"| | which classes are there, mean average precision (chance {m['mAP_of_chance']:.2f}) | {m['mAP']:.2f} |"]
     if "diffusion" in found:
         m = found["diffusion"]
-        lines += [f"| diffusion | weather follows the prompt, by a linear classifier (right on {100 * m['classifier_on_held_out_scenes']:.0f} % of held-out rendered scenes) | {100 * m['follows_the_prompt']:.0f} % |"]
+        lines += [f"| diffusion | weather follows the prompt, by a linear classifier (right on {100 * m['classifier_on_held_out_scenes']:.0f} % of held-out rendered scenes) | {100 * m['follows_the_prompt']:.1f} % |"]
         for s, v in m["by_style"].items():
             lines.append(f"| | {s}, n = {v['n']}: Frechet distance of CLIP codes to rendered scenes (real to real, noise); teacher's confidence (on rendered) | "
                          f"{v['frechet']:.3f} ({v['frechet_real_to_real']:.3f}, {v['frechet_noise']:.3f}); {v['sure_painted']:.2f} ({v['sure_rendered']:.2f}) |")
