@@ -755,7 +755,7 @@ class Encoder(nn.Module):
                 import open_clip
                 model, _, tag = name.rpartition("/")
                 clip = open_clip.create_model(f"local-dir:{folder}" if folder else model, pretrained=None if folder else tag, require_pretrained=True)
-                self.library, self.body = "open_clip", clip.visual      # the text tower is never used: the official method does not either
+                self.library, self.body = "open_clip", clip.visual.eval()      # open_clip creates in training mode: a pass before eval() moves BatchNorm's statistics
                 mean, std = self.body.preprocess_cfg["mean"], self.body.preprocess_cfg["std"]
                 with torch.no_grad():
                     self.channels = [f.shape[1] for f in self.maps(torch.zeros(1, 3, 64, 64))]
