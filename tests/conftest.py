@@ -1,4 +1,5 @@
-"""Every test runs on a bare CPU: no GPU, no hub, no data set but small ones drawn here. One thread, so that runs repeat bit for bit."""
+"""What the tests share. Every test runs on a bare CPU: no GPU, no hub, no data set but small ones
+drawn here. One thread, so that runs repeat bit for bit."""
 import importlib.util
 import os
 import subprocess
@@ -7,27 +8,41 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PRESET="toy")
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/toy")]
+for name in ("RUN", "DATA"):
+    os.environ.pop(name, None)
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/toy")]
+sys.modules["conftest"] = sys.modules[__name__]         # `from conftest import ...` is this module
 
 import numpy as np
 import pytest
 import torch
+import world
 from PIL import Image
+
+import common
 
 torch.set_num_threads(1)
 
-import common
-import world
+SMALL = {
+    "01_prompts": ["--N_PROMPTS=14"],
+    "02_generate": ["--N_IMAGES=6", "--STEPS=2", "--GROUP=2"],
+    "03_train_source": ["--ITERATIONS=8", "--BATCH=2", "--POINTS=128", "--SAVE_EVERY=2",
+                        "--LOG_EVERY=1", "--PREVIEW_EVERY=4"],
+    "04_selftrain": ["--ITERATIONS=6", "--N_SOURCE=1", "--N_GENERATED=2", "--SAVE_EVERY=2",
+                     "--LOG_EVERY=1", "--PREVIEW_EVERY=3"],         # POINTS are those of 03
+    "05_eval": []}
 
-SMALL = {"01_prompts": ["--N_PROMPTS=14"], "02_generate": ["--N_IMAGES=6", "--STEPS=2", "--GROUP=2"],
-         "03_train_source": ["--ITERATIONS=8", "--BATCH=2", "--POINTS=128", "--SAVE_EVERY=2", "--LOG_EVERY=1"],
-         "04_selftrain": ["--ITERATIONS=6", "--N_SOURCE=1", "--N_GENERATED=2", "--POINTS=128", "--SAVE_EVERY=2", "--LOG_EVERY=1", "--PREVIEW_EVERY=3", "--KEEP_EVERY=3"], "05_eval": []}
+
+def environment(run, data, **more):
+    """The environment of a script. more: further variables, None = not set."""
+    wanted = os.environ | {"RUN": str(run), "DATA": str(data)} | more
+    return {name: value for name, value in wanted.items() if value is not None}
 
 
 def script(name, *arguments, run, data, **more):
-    """The real script in a process of its own -> CompletedProcess. more: environment variables, None = not set."""
-    environment = {k: v for k, v in {**os.environ, "RUN": str(run), "DATA": str(data), **more}.items() if v is not None}
-    return subprocess.run([sys.executable, ROOT / f"{name}.py", *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
+    """The real script in a process of its own -> CompletedProcess. more: see environment()."""
+    return subprocess.run([sys.executable, ROOT / f"{name}.py", *arguments], capture_output=True,
+                          text=True, cwd=ROOT, env=environment(run, data, **more))
 
 
 def fresh(name):
@@ -42,33 +57,52 @@ def fresh(name):
 def data(tmp_path_factory):
     """A few pictures of the miniature world under the names of the toy preset."""
     root = tmp_path_factory.mktemp("data")
-    for style, n in (("game_train", 6), ("day", 2), ("night", 2), ("snow", 2), ("fog", 2), ("rain", 2)):
-        world.write_folder(root / "toy" / style, "train" if style == "game_train" else "test", style.split("_")[0], n)
+    world.write_folder(root / "toy/game_train", "train", "game", 6)
+    for style in ("day", "night", "snow", "fog", "rain"):
+        world.write_folder(root / "toy" / style, "test", style, 2)
     return root
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, data):
-    """All five scripts run once, in order, with few steps -> (run folder, {stage: what it printed})."""
-    run, said = tmp_path_factory.mktemp("run"), {}
+    """All five scripts, run once in order with few steps -> (run folder, {stage: its output})."""
+    run, output = tmp_path_factory.mktemp("run"), {}
     for name, arguments in SMALL.items():
         done = script(name, *arguments, run=run, data=data)
         assert done.returncode == 0, done.stderr
-        said[name] = done.stdout
-    return run, said
+        output[name] = done.stdout
+    return run, output
+
+
+def here(name, *arguments, run, data):
+    """The stage in this process, which is faster -> how it ended: None, 0 after --help, or the
+    message with which it stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "RUN", str(run))
+        patch.setattr(common, "DATA", str(data))
+        patch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        patch.delitem(sys.modules, "03_train_source", raising=False)        # it too reads RUN, DATA
+        try:
+            common.launch(vars(fresh(name)))
+        except SystemExit as stopped:
+            return stopped.code
 
 
 @pytest.fixture
-def say(monkeypatch, tmp_path, data):
-    """say(stage, *arguments, run=...) -> the one line with which the stage stops."""
+def start(tmp_path, data):
+    """start(stage, *arguments, run=...): see here()."""
     def call(name, *arguments, run=tmp_path / "run"):
-        monkeypatch.setattr(common, "RUN", str(run))
-        monkeypatch.setattr(common, "DATA", str(data))
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            common.launch(vars(fresh(name)))
-        assert isinstance(stopped.value.code, str), "expected a message"
-        return stopped.value.code
+        return here(name, *arguments, run=run, data=data)
+    return call
+
+
+@pytest.fixture
+def say(start):
+    """say(stage, *arguments, run=...) -> the message with which the stage stops."""
+    def call(*arguments, **options):
+        message = start(*arguments, **options)
+        assert isinstance(message, str), "expected a message"
+        return message
     return call
 
 
@@ -79,6 +113,7 @@ def folder(tmp_path):
         for kind, arrays in (("images", images), ("labels", labels)):
             (tmp_path / name / kind).mkdir(parents=True, exist_ok=True)
             for stem, array in arrays.items():
-                Image.fromarray(np.asarray(array, np.uint8)).save(tmp_path / name / kind / f"{stem}.png")
+                picture = Image.fromarray(np.asarray(array, np.uint8))
+                picture.save(tmp_path / name / kind / f"{stem}.png")
         return f"folder:{tmp_path / name}"
     return make

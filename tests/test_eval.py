@@ -1,4 +1,7 @@
-"""Scores counted by hand."""
+"""Scores counted by hand, and by cityscapesScripts where it is installed."""
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,170 +11,366 @@ import common
 from conftest import fresh
 
 IGNORE = 255
+TRUTH = np.array([[0, 0, 1], [0, 1, 1], [IGNORE, IGNORE, 0]], np.uint8)
+GUESS = np.array([[0, 1, 1], [0, 1, 2], [2, 0, 0]], np.uint8)
 
 
 @pytest.fixture
-def stage(monkeypatch):
+def stage():
+    """05 with three classes."""
     module = fresh("05_eval")
     module.CLASSES, module.SCORED = ["a", "b", "c"], ("a", "b", "c")
     return module
 
 
-TRUTH = np.array([[0, 0, 1], [0, 1, 1], [IGNORE, IGNORE, 0]])
-GUESS = np.array([[0, 1, 1], [0, 1, 2], [2, 0, 0]])
-
-
+# ---------------------------------------------------------------------------- one matrix
 def test_the_confusion_matrix_counts_labelled_pixels_only(stage):
     assert stage.confusion(TRUTH, GUESS, 3).tolist() == [[3, 1, 0], [0, 2, 1], [0, 0, 0]]
 
 
 def test_native_counts_a_class_that_is_only_predicted_as_zero(stage):
-    matrix = stage.confusion(TRUTH, GUESS, 3)
-    assert np.allclose(stage.iou(matrix), [3 / 4, 2 / 4, 0])                       # a: 3 of 3 + 1; b: 2 of 2 + 1 + 1; c: 0 of 1
-    assert abs(stage.mean_iou(matrix)[0] - 100 * (3 / 4 + 2 / 4) / 3) < 1e-9
+    mean, each = stage.mean_iou(stage.confusion(TRUTH, GUESS, 3))
+    assert each == {"a": 75, "b": 50, "c": 0}       # 3 of 3 + 1; 2 of 2 + 1 + 1; 0 of 1
+    assert abs(mean - 125 / 3) < 1e-9
 
 
 def test_clouds_leaves_such_a_class_out(stage):
     stage.PROTOCOL = "clouds"
     mean, each = stage.mean_iou(stage.confusion(TRUTH, GUESS, 3))
-    assert each == {"a": 75., "b": 50., "c": None} and abs(mean - 62.5) < 1e-9
+    assert each == {"a": 75, "b": 50, "c": None} and abs(mean - 62.5) < 1e-9
 
 
-def test_a_class_in_neither_is_left_out_by_both(stage):
-    matrix = stage.confusion(TRUTH % 254 % 2, np.zeros((3, 3), int), 3)
-    assert np.isnan(stage.iou(matrix)[2]) and np.isnan(stage.iou(matrix, absent_counts=False)[2])
+@pytest.mark.parametrize("protocol", ["native", "clouds"])
+def test_a_class_in_neither_is_left_out(stage, protocol):
+    stage.PROTOCOL = protocol
+    mean, each = stage.mean_iou(np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]))
+    assert each["c"] is None and abs(mean - 100 * (3 / 4 + 2 / 3) / 2) < 1e-9
+    assert stage.mean_iou(np.zeros((3, 3), np.int64)) == (0, {"a": None, "b": None, "c": None})
 
 
-def test_sixteen_classes_are_the_mean_of_their_own_ious(stage):
-    stage.SCORED = ("a", "c")
-    mean, each = stage.mean_iou(stage.confusion(TRUTH, GUESS, 3))                  # what was taken for b still counts as an error of a
-    assert list(each) == ["a", "c"] and abs(mean - 37.5) < 1e-9
+def test_the_mean_of_some_classes_still_counts_errors_in_the_others(stage):
+    stage.SCORED = ("a", "c")                       # a pixel of a that was taken for b is an error
+    mean, each = stage.mean_iou(stage.confusion(TRUTH, GUESS, 3))
+    assert each == {"a": 75, "c": 0} and abs(mean - 37.5) < 1e-9
+    assert abs(stage.mean_iou(stage.confusion(TRUTH, GUESS, 3), stage.CLASSES)[0] - 125 / 3) < 1e-9
 
 
-def test_the_matrix_of_two_images_is_their_sum_not_a_mean_of_means(stage):
-    a, b = stage.confusion(np.zeros(9, int), np.zeros(9, int), 3), stage.confusion(np.ones(1, int), np.zeros(1, int), 3)
-    assert np.allclose(stage.iou(a + b)[:2], [9 / 10, 0])
+# ---------------------------------------------------------------------------- cityscapesScripts
+IDS = np.array((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33))
 
 
-# ---------------------------------------------------------------------------- against cityscapesScripts
-def official(tmp_path, pairs_of_ids):
-    """cityscapesScripts' own mean and class scores of [(prediction, truth)] in label ids."""
-    scripts = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
-    args = scripts.args
-    args.evalInstLevelScore = args.evalPixelAccuracy = args.JSONOutput = False
-    args.quiet = True
-    files = []
-    for i, arrays in enumerate(pairs_of_ids):
-        files.append([str(tmp_path / f"{kind}_{i}.png") for kind in ("prediction", "truth")])
-        for file, array in zip(files[-1], arrays):
-            Image.fromarray(array.astype(np.uint8)).save(file)
-    found = scripts.evaluateImgLists(*map(list, zip(*files)), args)
-    return found["averageScoreClasses"], found["classScores"]
+def made_maps(classes):
+    """Three pairs (prediction, truth) of label ids: an eighth has no label; where there are few
+    classes, most are predicted but absent from the truth."""
+    y, x = np.indices((40, 60))
+    for i in range(3):
+        truth = IDS[np.array(classes)[(y * 7 + x * x + i * 13) // 5 % len(classes)]]
+        truth = truth * ((y + 3 * x + i) % 8 > 0)
+        other = IDS[(3 * y + x * y + 5 * i) % 19]
+        yield np.where((y * x + i) % 5 < 3, np.maximum(truth, 7), other), truth
 
 
-def made_maps(classes, n=3):
-    """n pairs (prediction, truth) of label ids with nothing random in them: an eighth has no label, and with few classes most are absent from the truth."""
-    ids, (y, x) = np.array(list(common.CITYSCAPES_IDS)), np.indices((40, 60))
-    for i in range(n):
-        truth = ids[np.array(classes)[(y * 7 + x * x + i * 13) // 5 % len(classes)]] * ((y + 3 * x + i) % 8 > 0)
-        yield np.where((y * x + i) % 5 < 3, np.maximum(truth, 7), ids[(3 * y + x * y + 5 * i) % 19]), truth
+def ours(stage, maps):
+    """05's mean and IoU of every class, in 0..1."""
+    stage.CLASSES = stage.SCORED = [str(label_id) for label_id in IDS]
+    train_id = np.full(256, IGNORE)
+    train_id[IDS] = np.arange(19)
+    matrix = sum(stage.confusion(train_id[truth], train_id[guess], 19) for guess, truth in maps)
+    return stage.mean_iou(matrix)[0] / 100, stage.iou(matrix).filled(np.nan) / 100
 
 
-def ours(stage, monkeypatch, pairs_of_ids):
-    """The same by 05_eval: mean, {class: IoU}, both in 0..1."""
-    names, train_id = list(common.CITYSCAPES_CLASSES), np.full(256, IGNORE)
-    train_id[list(common.CITYSCAPES_IDS)] = np.arange(19)
-    monkeypatch.setattr(stage, "CLASSES", names)
-    monkeypatch.setattr(stage, "SCORED", tuple(names))
-    matrix = sum(stage.confusion(train_id[truth], train_id[guess], 19) for guess, truth in pairs_of_ids)
-    return stage.mean_iou(matrix)[0] / 100, dict(zip(names, stage.iou(matrix)))
+FEW = [0, 2, 10, 13]
 
 
-@pytest.mark.parametrize("classes, said, car", [(list(range(19)), 0.5332332634687246, 0.541371158392435), ([0, 2, 10, 13], 0.13932932389618402, 0.6664691943127962)])
-def test_native_is_what_cityscapesscripts_said_of_the_same_maps(classes, said, car, stage, monkeypatch):
-    mean, each = ours(stage, monkeypatch, made_maps(classes))                     # recorded from cityscapesScripts 2.3.0
-    assert abs(mean - said) < 1e-9 and abs(each["car"] - car) < 1e-9
+@pytest.mark.parametrize("classes, mean, car", [
+    (list(range(19)), 0.5332332634687246, 0.541371158392435),
+    (FEW, 0.13932932389618402, 0.6664691943127962)])
+def test_native_is_what_cityscapesscripts_gave(stage, classes, mean, car):
+    our_mean, each = ours(stage, made_maps(classes))                # recorded with version 2.3.0
+    assert abs(our_mean - mean) < 1e-9 and abs(each[13] - car) < 1e-9
 
 
-@pytest.mark.parametrize("classes", [list(range(19)), [0, 2, 10, 13]])
-def test_native_equals_cityscapesscripts_if_it_is_installed(classes, stage, monkeypatch, tmp_path):
-    mean, each = official(tmp_path, made_maps(classes))
-    our_mean, our_each = ours(stage, monkeypatch, made_maps(classes))
-    assert abs(our_mean - mean) < 1e-9
-    assert all(np.isnan(each[name]) and np.isnan(own) or abs(each[name] - own) < 1e-9 for name, own in our_each.items())
+@pytest.mark.parametrize("classes", [list(range(19)), FEW])
+def test_native_equals_cityscapesscripts(stage, classes, tmp_path):
+    name = "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling"
+    scripts = pytest.importorskip(name)
+    scripts.args.evalInstLevelScore = scripts.args.evalPixelAccuracy = False
+    scripts.args.JSONOutput, scripts.args.quiet = False, True
+    files = {"prediction": [], "truth": []}
+    for i, pair in enumerate(made_maps(classes)):
+        for kind, array in zip(files, pair):
+            files[kind].append(str(tmp_path / f"{kind}_{i}.png"))
+            Image.fromarray(array.astype(np.uint8)).save(files[kind][-1])
+    official = scripts.evaluateImgLists(files["prediction"], files["truth"], scripts.args)
+    names = {label.id: label.name for label in scripts.labels}
+    mean, each = ours(stage, made_maps(classes))
+    assert abs(mean - official["averageScoreClasses"]) < 1e-9
+    theirs = [official["classScores"][names[label_id]] for label_id in IDS]
+    np.testing.assert_allclose(each, theirs, atol=1e-9, rtol=0)     # nan equals nan here
 
 
-# ---------------------------------------------------------------------------- from class scores to a label
-def test_classes_taken_a_few_at_a_time_win_where_all_at_once_would(stage):
-    scores = torch.rand(1, 11, 7, 9, generator=torch.Generator().manual_seed(0))
-    large = torch.nn.functional.interpolate(scores, (20, 31), mode="bilinear", align_corners=False)
-    assert (stage.class_map(scores, (20, 31)) == large.argmax(1)[0].numpy()).all()
-    scores[:, 9] = scores[:, 2] = 2.                                               # of two equals the first wins, as in argmax
-    assert (stage.class_map(scores, (7, 9)) == 2).all()
+# ---------------------------------------------------------------------------- from scores to labels
+def test_scores_are_resized_before_the_best_is_taken(stage, monkeypatch):
+    scores = torch.tensor([[[[1., 0.]], [[0., .9]], [[0., .9]]]])   # four wide: 1 .75 .25 0
+    monkeypatch.setattr(stage.source_stage, "predict", lambda *arguments: scores)
+    label = stage.segment(None, None, np.zeros((1, 2, 3), np.uint8), (2, 4))
+    assert label.tolist() == [[0, 0, 1, 1]] * 2 and label.dtype == np.uint8     # and 0 .22 .67 .9
 
 
-@pytest.mark.parametrize("length, window, expected", [(10, 10, [0]), (8, 10, [0]), (16, 10, [0, 6]), (17, 10, [0, 4, 7]), (30, 12, [0, 6, 12, 18])])
-def test_windows_cover_a_length_and_overlap_by_a_third(stage, length, window, expected):
-    assert stage.starts(length, window) == expected
+@pytest.mark.parametrize("protocol, size", [("native", (40, 80)), ("clouds", (64, 128))])
+def test_the_truth_keeps_its_size_or_takes_the_inputs(stage, folder, protocol, size):
+    label = np.arange(80).repeat(40).reshape(80, 40).T % 3
+    target = folder({"a": np.zeros((40, 80, 3))}, {"a": label})
+    image, truth = stage.read(target, 64, protocol, common.pairs(target, "val")[0])
+    assert image.shape == (64, 128, 3) and truth.shape == size
+    assert set(np.unique(truth)) == {0, 1, 2}       # nearest: no ids between
 
 
-def test_windows_and_the_mirrored_picture_average_the_scores(stage, monkeypatch):
-    pixels = torch.arange(5 * 7).reshape(1, 1, 5, 7).repeat(1, 3, 1, 1).to(torch.uint8)
-    pointwise = lambda encoder, decoder, x: x.float()                              # a network that sees one pixel: windows must change nothing
-    monkeypatch.setattr(common, "predict", pointwise)
-    for stage.WINDOW in (0, 3):
-        assert torch.allclose(stage.class_scores(None, None, pixels), pixels.float())
-        stage.FLIP = True
-        assert torch.allclose(stage.class_scores(None, None, pixels), 2 * pixels.float())
-        stage.FLIP = False
-    monkeypatch.setattr(common, "predict", lambda encoder, decoder, x: torch.arange(x.shape[-1]).float().expand(1, 3, *x.shape[-2:]))
-    stage.WINDOW, stage.FLIP = 0, True
-    assert (stage.class_scores(None, None, pixels) == 6).all()                     # column x and its mirror 6 - x
+# ---------------------------------------------------------------------------- names and tables
+def row(name, *targets, seed=0, **more):
+    """A row of results.json; targets: (name, mIoU, IoU of the classes)"""
+    found = {target: {"miou": miou, "iou": iou} for target, miou, iou in targets}
+    mean = np.mean([miou for _, miou, _ in targets])
+    return {"name": name, "seed": seed, "targets": found, "mean_miou": mean, "together": {}} | more
 
 
-def test_conditions_of_acdc_are_also_one_matrix(stage):
-    row = {"name": "a", "mean_miou": 50., "targets": {t: {"miou": 50., "iou": {"a": 40., "b": None, "c": 60.}} for t in ("acdc_fog", "acdc_rain", "bdd")}}
-    assert stage.together(row) == {"acdc, one matrix": ["acdc_fog", "acdc_rain"]} and stage.together({"targets": {"acdc_fog": {}}}) == {}
-    text = stage.table({"classes": ["a", "b", "c"], "rows": [{**row, "together": {"acdc, one matrix": {"miou": 45.}}}]})
-    assert "| a | 50.0 | 50.0 | 50.0 | **50.0** | 45.0 |" in text and "| a | 40 | - | 60 |" in text
+def test_the_tables_of_two_targets(stage):
+    a = ("bdd", 40., {"a": 40., "b": None, "c": None})
+    b = ("folder:some/where/x", 50., {"a": 60., "b": None, "c": 10.})
+    text = stage.tables([row("run", a, b, together={"acdc, one matrix": 12.34})])
+    assert "| mIoU | bdd | x | mean | acdc, one matrix |\n" in text
+    assert "| run | 40.0 | 50.0 | 45.0 | 12.3 |\n" in text
+    assert "| run | 50.0 | - | 10.0 |\n" in text and "seeds" not in text
 
 
-def test_where_classes_are_left_out_the_mean_of_all_is_given_too(stage):
-    row = {"name": "a", "mean_miou": 50., "targets": {"x": {"miou": 50., "miou_all": 42.1, "iou": {"a": 50.}}}}
-    assert "mean of all 3 classes, not of 1 | x | mean |\n|---|---:|---:|\n| a | 42.1 | **42.1** |" in stage.table({"classes": ["a"], "rows": [row]})
+def test_seeds_share_a_line_with_mean_spread_and_difference(stage):
+    scores = {"04_raw": 30., "04_raw_seed1": 40., "04_sam_seed2": 43., "04_sam": 32.,
+              "04_x_seeds": 5., "04_sam_seed1 (teacher)": 6.}
+    text = stage.comparison([row(name, ("x", miou, {})) for name, miou in scores.items()])
+    assert "| 04_raw | 2 | 35.0 | 7.1 |  |\n" in text               # 10 / sqrt 2
+    assert "| 04_sam | 2 | 37.5 | 7.8 | +2.5 |\n" in text           # 11 / sqrt 2
+    assert "| 04_x_seeds | 1 | 5.0 | - | -30.0 |\n" in text
+    assert "| 04_sam (teacher) | 1 | 6.0 |" in text
 
 
-def test_the_interval_is_students(stage):
-    mean, half = stage.interval([1., 2., 3.])
-    assert mean == 2 and half == pytest.approx(4.3027 / 3 ** .5, abs=1e-3) and np.isnan(stage.interval([1.])[1])        # t(2 degrees, 97.5 %) times the standard error of 1 / sqrt 3
+def test_conditions_of_acdc_also_make_one_matrix(stage, tmp_path):
+    matrices = {"acdc_fog": [[9, 0, 0], [0, 0, 0], [0, 0, 0]], "bdd": np.ones((3, 3)),
+                "acdc_rain": [[0, 0, 0], [1, 1, 0], [0, 0, 0]]}
+    targets = {}
+    for name, matrix in matrices.items():
+        targets[name] = {"confusion": tmp_path / f"{name}.npy"}
+        np.save(targets[name]["confusion"], matrix)
+    assert stage.together(targets) == {"acdc, one matrix": 100 * (9 / 10 + 1 / 2) / 2}
+    assert stage.together({name: targets[name] for name in ("acdc_fog", "bdd")}) == {}
 
 
-def test_runs_that_differ_only_in_the_seed_share_a_line_and_differences_are_paired(stage):
-    row = lambda name, group, seed, miou: {"name": name, "group": group, "seed": seed, "mean_miou": miou, "targets": {"x": {"miou": miou, "iou": {"a": miou}}}}
-    rows = [row("base", "g", 0, 30.), row("base_1", "g", 1, 40.), row("sam", "h", 1, 43.), row("sam_0", "h", 0, 32.), row("other", "i", 7, 50.)]
-    text = stage.table({"classes": ["a"], "rows": rows})
-    assert "| base | 0, 1 | 35.0 ± 63.5 |  |" in text                             # t(1 degree, 97.5 %) = 12.706, times 7.071 / sqrt 2
-    assert "| sam | 0, 1 | 37.5 ± 69.9 | +2.5 ± 6.4 |" in text                    # 3 and 2: paired by seed, whatever the order of the rows
-    assert "| other | 7 | 50.0 | +20.0 (other seeds) |" in text
+def test_checkpoints_are_told_apart_and_none_is_dropped(stage, tmp_path):
+    for name in ("one/sam/model", "two/sam/model", "two/raw/model", "two/raw/teacher"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.safetensors").touch()
+    stage.CHECKPOINTS = (str(tmp_path), str(tmp_path / "two/raw"))
+    assert list(stage.checkpoints()) == ["one/sam", "two/raw", "two/sam"]
+    stage.CHECKPOINTS = (str(tmp_path / "two"), str(tmp_path / "two/raw/teacher.safetensors"))
+    assert list(stage.checkpoints()) == ["raw", "sam", "raw (teacher)"]
+    stage.CHECKPOINTS = (str(tmp_path / "two"), str(tmp_path / "three"))
+    with pytest.raises(common.Stop, match="three"):
+        stage.checkpoints()
 
 
-def test_checkpoints_of_a_folder_of_runs_are_found_and_told_apart(stage, tmp_path):
-    for folder in ("seed0/sam", "seed1/sam", "seed0/raw"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "model.safetensors").touch()
-    (tmp_path / "seed0/raw/step_000010.safetensors").touch()
-    stage.CHECKPOINTS, stage.STEPS = (str(tmp_path),), True
-    assert [name for name, _ in stage.checkpoints()] == ["raw/step_000010", "raw", "seed0/sam", "seed1/sam"]
-    stage.CHECKPOINTS = (str(tmp_path / "seed0/sam"), str(tmp_path / "seed0/raw/model.safetensors"))
-    assert [name for name, _ in stage.checkpoints()] == ["sam", "raw/step_000010", "raw"]
+# ---------------------------------------------------------------------------- whole runs
+@pytest.fixture
+def scored(stage, monkeypatch, tmp_path):
+    """scored(**constants) runs 05 with a network that reads the class off the red channel -> rows.
+    scored.seen: how often it looked. The checkpoints are tmp_path/run/04*/model.safetensors."""
+    def predict(encoder, decoder, pixels, half):
+        call.seen, call.half = call.seen + 1, half
+        if call.seen == call.kill_at:
+            raise KeyboardInterrupt
+        return torch.nn.functional.one_hot(pixels[:, 0].long(), 3).permute(0, 3, 1, 2).float()
+
+    def load_model(path):
+        return torch.nn.Identity(), torch.nn.Identity(), {"constants": {"ITERATIONS": 7, "SEED": 1}}
+
+    def call(**constants):
+        call.seen = 0
+        options = {"OUT": str(tmp_path / "out"), "CHECKPOINTS": (str(tmp_path / "run"),)}
+        for name, value in (options | constants).items():
+            monkeypatch.setattr(stage, name, value)
+        stage.main()
+        path = tmp_path / "out/results.json"
+        return json.loads(path.read_text())["rows"] if path.exists() else None
+    call.kill_at = 0
+    for name in ("04", "04_seed1"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "model.safetensors").write_text(name)
+    network = SimpleNamespace(predict=predict, load_model=load_model)
+    monkeypatch.setattr(stage, "source_stage", network)
+    monkeypatch.setattr(stage, "PANELS", 0)
+    return call
 
 
-def test_two_folders_of_one_name_are_kept_apart(stage):
-    assert stage.show("folder:a/val") == stage.show("folder:b/val") == "val" and stage.file_name("folder:a/val") != stage.file_name("folder:b/val")
+@pytest.fixture
+def two(folder):
+    """Two data sets of two images with TRUTH, in which the network sees GUESS."""
+    images = {name: np.stack([GUESS] * 3, 2) for name in "xy"}
+    labels = {name: TRUTH for name in "xy"}
+    return folder(images, labels, "a/val"), folder(images, labels, "b/val")
 
 
-def test_bars_are_as_long_as_the_iou(stage, tmp_path):
-    row = {"name": "run", "mean_miou": 50., "targets": {"x": {"iou": {"a": 50., "b": None}}}}
-    stage.draw_classes(tmp_path / "c.png", {"rows": [row], "classes": ["a", "b"]})
-    blue = (np.asarray(Image.open(tmp_path / "c.png")) == (31, 119, 180)).all(-1)[30:]
-    assert blue.sum(1).max() == 211                                                # half of 420, both ends painted
+def test_results_hold_what_was_counted(scored, two, tmp_path, capsys):
+    first, second = scored(TARGETS=two)
+    assert (first["name"], second["name"]) == ("04", "04_seed1") and first["mean_miou"] == 125 / 3
+    assert (first["iteration"], first["seed"]) == (7, 1)
+    for target in two:
+        found = first["targets"][target]
+        assert found["iou"] == {"a": 75, "b": 50, "c": 0} and found["images"] == 2
+        assert found["miou"] == found["miou_all"] == 125 / 3
+        assert np.load(found["confusion"]).tolist() == [[6, 2, 0], [0, 4, 2], [0, 0, 0]]
+    printed = capsys.readouterr().out
+    assert "04_seed1 on b/val: mIoU 41.7, 2 images, " in printed
+    assert "| 04 | 41.7 | 41.7 | 41.7 |" in printed and "| 04 | 2 | 41.7 | 0.0 |" in printed
+    assert (tmp_path / "out/results.md").read_text() in printed
+
+
+def test_what_is_equal_is_not_scored_again(scored, two, tmp_path):
+    before = scored(TARGETS=two)
+    assert scored.seen == 8 and scored(TARGETS=two) == before and scored.seen == 0
+    Image.fromarray(GUESS).save(f"{two[0].removeprefix('folder:')}/labels/y.png")    # corrected
+    rows = scored(TARGETS=two)
+    assert scored.seen == 4 and rows[0]["targets"][two[0]]["miou"] > 125 / 3
+    (tmp_path / "run/04/model.safetensors").write_text("trained again")
+    scored(TARGETS=two[:1])
+    assert scored.seen == 2
+    kept = rows[1]["targets"][two[1]]["confusion"]
+    with open(kept, "r+b") as file:
+        file.truncate(90)
+    assert scored(TARGETS=two[1:])[1]["mean_miou"] == 125 / 3 and scored.seen == 4
+
+
+@pytest.mark.parametrize("change", [{"PROTOCOL": "clouds"}, {"SHORT_SIDE": 3}, {"HALF": True}])
+def test_other_constants_are_other_matrices(scored, two, tmp_path, change):
+    scored(TARGETS=two[:1])
+    (tmp_path / "out/run.json").unlink()            # which would refuse to mix them
+    scored(TARGETS=two[:1], **change)
+    assert scored.seen == 4 and scored.half == change.get("HALF", False)
+
+
+def test_a_killed_run_keeps_what_it_scored(scored, two):
+    scored.kill_at = 6
+    with pytest.raises(KeyboardInterrupt):
+        scored(TARGETS=two)
+    scored.kill_at = 0
+    assert len(scored(TARGETS=two)) == 2 and scored.seen == 4
+
+
+def test_the_panel_shows_image_predictions_truth_and_errors(scored, two, stage, monkeypatch):
+    sheets = {}
+    monkeypatch.setattr(common, "save_sheet", lambda path, rows: sheets.update({path: rows}))
+    scored(TARGETS=two, PANELS=1)
+    assert sorted(path.parts[-2:] for path in sheets) == [("a", "val.png"), ("b", "val.png")]
+    cells, = next(iter(sheets.values()))
+    titles = [title.replace("\n", " ") for title, _ in cells]
+    assert titles == ["x.png", "04", "04_seed1", "truth", "errors of 04", "errors of 04_seed1"]
+    arrays = [array for _, array in cells]
+    assert (arrays[1] == GUESS).all() and (arrays[3] == TRUTH).all()
+    colours, errors = common.colourise(GUESS), arrays[4]
+    assert (errors[0, 1] == colours[0, 1]).all() and (errors[1, 2] == colours[1, 2]).all()
+    assert (errors[TRUTH == IGNORE] == 0).all() and (errors[0, 0] == 225).all()
+
+
+def test_bars_are_as_long_as_the_iou(stage, tmp_path, monkeypatch):
+    figures = []
+
+    class Spy(stage.Figure):
+        def savefig(self, *arguments, **options):
+            figures.append(self)
+            super().savefig(*arguments, **options)
+    monkeypatch.setattr(stage, "Figure", Spy)
+    rows = [row("one", ("x", 50., {"a": 50., "b": None, "c": 7.})),
+            row("two", ("x", 60., {"a": 60., "b": 70., "c": 80.}))]
+    stage.draw_classes(tmp_path / "classes.png", rows)
+    bars = figures[0].axes[0].containers
+    widths = [[bar.get_width() for bar in each] for each in bars]
+    assert widths[0][::2] == [50, 7] and np.isnan(widths[0][1]) and widths[1] == [60, 70, 80]
+
+
+# ---------------------------------------------------------------------------- own pictures
+@pytest.fixture
+def photos(tmp_path):
+    """Pictures of all kinds whose names are easily mixed up, and one that is none."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    made = {"a.png": ("RGBA", (9, 7)), "a.jpg": ("L", (30, 3)), "a.jpg.png": ("P", (6, 4)),
+            "more/a.PNG": ("RGB", (4, 5))}
+    for name, (mode, size) in made.items():
+        Image.new(mode, size).save(folder / name)
+    (folder / "bad.jpg").write_bytes(b"not a picture")
+    (folder / "notes.txt").touch()
+    return folder, {name: size for name, (_, size) in made.items()}
+
+
+def test_every_picture_is_labelled_and_the_failed_one_is_named(scored, photos, tmp_path):
+    folder, sizes = photos
+    with pytest.raises(common.Stop, match=r"1 of 5 pictures failed:\n  \S+bad.jpg: cannot be read"):
+        scored(IMAGES=str(folder))
+    for kind in ("train_ids", "overlay"):
+        for name, size in sizes.items():
+            picture = Image.open(tmp_path / "out/images" / kind / f"{name}.png")
+            assert picture.size == size and (kind == "overlay" or not np.asarray(picture).any())
+    assert len(list((tmp_path / "out/images").rglob("*.png"))) == 2 * 4     # no label_ids
+
+
+def test_of_the_19_classes_there_are_ids_for_the_server(scored, stage, monkeypatch, tmp_path):
+    table = {str(label_id): ((0, 0, 0), label_id) for label_id in IDS}
+    monkeypatch.setattr(common, "TABLE", table)
+    monkeypatch.setattr(common, "CLASSES", list(table))
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.stack([GUESS] * 3, 2)).save(tmp_path / "photos/a.png")
+    scored(IMAGES=str(tmp_path / "photos"), TABLE=table, CLASSES=list(table))
+    label_ids = np.asarray(Image.open(tmp_path / "out/images/label_ids/a.png.png"))
+    assert label_ids.tolist() == [[7, 8, 8], [7, 8, 11], [11, 7, 7]]
+
+
+@pytest.mark.parametrize("images, out", [("photos", "photos/out"), (".", "out"), ("out", "out"),
+                                         ("out/images/overlay", "out"), ("photos", "photos")])
+def test_results_never_land_among_the_pictures(scored, photos, tmp_path, images, out):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(common.Stop, match="name another --OUT"):
+        scored(IMAGES=str(tmp_path / images), OUT=str(tmp_path / out))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_without_pictures_is_refused(scored, tmp_path):
+    with pytest.raises(common.Stop, match="expected a folder with pictures"):
+        scored(IMAGES=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------- the command line
+@pytest.mark.parametrize("argument", [
+    "--PROTOCOL=mine", "--SHORT_SIDE=31", "--SHORT_SIDE=9999", "--PANELS=-1", "--WORKERS=-1",
+    "--TARGETS=", "--TARGETS=bdd,bdd", "--SCORED=", "--SCORED=road,road", "--SCORED=road,camel"])
+def test_a_constant_out_of_range_stops_at_once(say, tmp_path, argument):
+    message = say("05_eval", argument)
+    assert argument[2:].partition("=")[0] in message and ": expected " in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_real_network_is_scored_alike_by_any_number_of_workers(start, tmp_path, data):
+    assert start("03_train_source", "--ITERATIONS=1", "--BATCH=2", "--POINTS=64") is None
+    target, matrices = f"folder:{data}/toy/day", []
+    for workers in (0, 2):
+        out, run = tmp_path / f"run/05_{workers}", (f"--TARGETS={target}", f"--WORKERS={workers}")
+        assert start("05_eval", f"--OUT={out}", "--PANELS=2", *run) is None
+        found, = json.loads((out / "results.json").read_text())["rows"]
+        matrices.append(np.load(found["targets"][target]["confusion"]))
+        assert Image.open(out / "panels/day.png").size > (1000, 300)
+    assert (matrices[0] == matrices[1]).all() and matrices[0].sum() == 2 * 128 * 256
+
+
+def test_a_broken_label_is_named_also_by_a_worker(scored, two):
+    path = f"{two[0].removeprefix('folder:')}/labels/y.png"
+    with open(path, "wb") as file:
+        file.write(b"not a picture")
+    with pytest.raises(common.Stop, match=f"{path} cannot be read"):
+        scored(TARGETS=two, WORKERS=1)

@@ -1,147 +1,451 @@
-"""The five real scripts, in order, on the real miniatures: what they leave behind, that they redo nothing, and that a kill changes nothing."""
+"""The five real scripts, in order, on the real miniatures: what they leave behind, that they do
+nothing twice, and that neither a kill nor the number of processes changes the result."""
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import ROOT, SMALL, script
+import common
+from conftest import ROOT, SMALL, environment, here, script
 
-RESULT = {"01_prompts": "prompts.txt", "02_generate": "index.jsonl", "03_train_source": "model.safetensors", "04_selftrain": "model.safetensors", "05_eval": "results.json"}
+RESULT = {"01_prompts": "prompts.txt", "02_generate": "index.jsonl",
+          "03_train_source": "model.safetensors", "04_selftrain": "model.safetensors",
+          "05_eval": "results.json"}
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same_weights(a, b):
+    one, other = load_file(a), load_file(b)
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def same_pictures(a, b):
+    names = [row["file"] for row in lines(a / "index.jsonl")]
+    return all(np.array_equal(Image.open(a / name), Image.open(b / name)) for name in names)
+
+
+def scores(folder):
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    return [[target["iou"] for target in row["targets"].values()] for row in rows]
 
 
 def same(stage, a, b):
-    """Whether two run folders hold the same result of a stage."""
-    a, b = a / stage, b / stage
-    if stage == "01_prompts":
-        return (a / "prompts.txt").read_text() == (b / "prompts.txt").read_text()
-    if stage == "02_generate":
-        names = [json.loads(line)["file"] for line in (a / "index.jsonl").read_text().splitlines()]
-        return (a / "index.jsonl").read_text() == (b / "index.jsonl").read_text() and all(np.array_equal(Image.open(a / n), Image.open(b / n)) for n in names)
+    """Whether two run folders hold the same result of a stage, bit for bit."""
+    a, b, result = a / stage, b / stage, RESULT[stage]
     if stage == "05_eval":
-        rows = [json.loads((f / "results.json").read_text())["rows"] for f in (a, b)]
-        return [[t["iou"] for t in row["targets"].values()] for row in rows[0]] == [[t["iou"] for t in row["targets"].values()] for row in rows[1]]
-    files = ["model.safetensors"] + (["teacher.safetensors"] if stage == "04_selftrain" else [])
-    return all((x[k] == y[k]).all() for f in files for x, y in [(load_file(a / f), load_file(b / f))] for k in x)
+        return scores(a) == scores(b)
+    if stage == "03_train_source":
+        return same_weights(a / result, b / result)
+    if stage == "04_selftrain":
+        names = result, "teacher.safetensors"
+        return all(same_weights(a / name, b / name) for name in names)
+    if stage == "02_generate" and not same_pictures(a, b):
+        return False
+    return (a / result).read_bytes() == (b / result).read_bytes()
 
 
+def beside(whole, run, without):
+    """Make `run` a run folder like `whole`, by links, but for one stage."""
+    run.mkdir(exist_ok=True)
+    for stage in RESULT:
+        if stage != without:
+            (run / stage).symlink_to(whole / stage)
+    return run
+
+
+def begin(stage, *arguments, run, data):
+    """The real script, started -> Popen"""
+    command = [sys.executable, ROOT / f"{stage}.py", *SMALL[stage], *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(run, data), text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def wait_for(process, folder, pattern):
+    """Until a file of this pattern is there."""
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, f"{pattern} did not come: {process.stderr.read()}"
+        time.sleep(.005)
+
+
+# ---------------------------------------------------------------------------- what they leave
 def test_every_stage_leaves_its_result_and_a_record(finished):
     run, _ = finished
     for stage, result in RESULT.items():
         assert (run / stage / result).exists()
-        record = json.loads((run / stage / "run.json").read_text())
-        assert record["constants"]["SEED"] == 0 if "SEED" in record["constants"] else stage == "05_eval"
+        record, = lines(run / stage / "run.json")
+        assert record["stage"] == stage and record["preset"] == "toy"
         assert record["wall_seconds"] > 0 and 0 < record["peak_memory_gb"] < 3
-    index = [json.loads(line) for line in (run / "02_generate/index.jsonl").read_text().splitlines()]
-    prompts = (run / "01_prompts/prompts.txt").read_text().splitlines()
-    assert [row["seed"] for row in index] == list(range(6)) and [row["prompt"] for row in index] == prompts[:6]
-    assert Image.open(run / "02_generate" / index[3]["file"]).text["prompt"] == prompts[3]
+        assert record["versions"]["torch"] == torch.__version__.partition("+")[0]
+        assert f"--{SMALL[stage][0].strip('-')}" in record["argv"] if SMALL[stage] else True
+    assert not list(run.rglob("*.part")) and not list(run.rglob("checkpoint.pt"))
 
 
-def test_prompts_name_every_class_and_keep_the_template(finished):
-    run, said = finished
-    prompts = (run / "01_prompts/prompts.txt").read_text().splitlines()
-    assert len(set(prompts)) == 14 and all(re.fullmatch(r"a photo of .+ in .+", p) for p in prompts)
-    assert re.search(r"named: road [1-9]\d*, .*bicycle [1-9]\d*", said["01_prompts"])
-
-
-def test_the_table_has_a_row_for_each_checkpoint_over_five_styles(finished):
-    run, said = finished
-    results = json.loads((run / "05_eval/results.json").read_text())
-    assert [row["name"] for row in results["rows"]] == ["03_train_source", "04_selftrain"]
-    for row in results["rows"]:
-        assert [t.split("/")[-1] for t in row["targets"]] == ["day", "night", "snow", "fog", "rain"]
-        assert abs(row["mean_miou"] - np.mean([t["miou"] for t in row["targets"].values()])) < .01
-        for target in row["targets"].values():
-            assert np.load(target["confusion"]).sum() == 2 * 128 * 256
-    assert "| 04_selftrain |" in said["05_eval"] and (run / "05_eval/results.md").read_text() in said["05_eval"]
-
-
-def test_the_log_has_every_step_once_and_the_vital_signs(finished):
+def test_prompts_are_distinct_and_keep_the_template(finished):
     run, _ = finished
-    rows = [json.loads(line) for line in (run / "04_selftrain/log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert all({"loss", "class", "mask", "dice", "labelled", "changed", "prompts"} <= set(row) for row in rows)
+    prompts = (run / "01_prompts/prompts.txt").read_text().splitlines()
+    assert len(set(prompts)) == 14
+    assert all(re.fullmatch(r"a photo of .+ in .+", prompt) for prompt in prompts)
 
 
+def test_pictures_know_their_prompt_and_seed(finished):
+    run, _ = finished
+    prompts = (run / "01_prompts/prompts.txt").read_text().splitlines()
+    index = lines(run / "02_generate/index.jsonl")
+    assert [row["seed"] for row in index] == list(range(6))
+    assert [row["prompt"] for row in index] == prompts[:6]
+    picture = Image.open(run / "02_generate" / index[3]["file"])
+    assert picture.size == (256, 128) and picture.text["prompt"] == prompts[3]
+
+
+@pytest.mark.parametrize("stage, steps, columns", [
+    ("03_train_source", 8, {"loss", "class", "mask", "dice", "norm", "seconds", "wait"}),
+    ("04_selftrain", 6, {"loss", "labelled", "changed", "prompts", "seconds", "wait"})])
+def test_the_log_has_every_step_once(finished, stage, steps, columns):
+    run, _ = finished
+    rows = lines(run / stage / "log.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert all(columns <= set(row) for row in rows)
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    pictures = [f"preview_{steps // 2:06d}.png", f"preview_{steps:06d}.png", "loss.png"]
+    assert all(Image.open(run / stage / name).width > 500 for name in pictures)
+
+
+def test_the_table_has_a_row_per_checkpoint_and_a_column_per_style(finished):
+    run, output = finished
+    rows = json.loads((run / "05_eval/results.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["03_train_source", "04_selftrain"]
+    for row in rows:
+        styles = [target.split("/")[-1] for target in row["targets"]]
+        assert styles == ["day", "night", "snow", "fog", "rain"]
+        mean = np.mean([target["miou"] for target in row["targets"].values()])
+        assert abs(row["mean_miou"] - mean) < .01
+    assert "| 04_selftrain |" in output["05_eval"]
+    assert (run / "05_eval/results.md").read_text() in output["05_eval"]
+
+
+# ---------------------------------------------------------------------------- nothing twice
 @pytest.mark.parametrize("stage", RESULT)
-def test_a_finished_stage_is_not_done_again(finished, data, stage):
+def test_a_finished_stage_says_so(finished, data, stage, start, capsys):
     run, _ = finished
     before = (run / stage / RESULT[stage]).stat().st_mtime_ns
-    again = script(stage, *SMALL[stage], run=run, data=data)
-    assert again.returncode == 0, again.stderr
-    if stage == "05_eval":                       # looks for new checkpoints, finds none to score, prints the table again
-        assert " a second" not in again.stdout and "| 04_selftrain |" in again.stdout
+    assert start(stage, *SMALL[stage], run=run) is None
+    output = capsys.readouterr().out
+    if stage == "05_eval":          # looks for new checkpoints and prints the table again
+        assert output.count("scored before") == 10 and "| 04_selftrain |" in output
     else:
-        assert "finished before" in again.stdout and (run / stage / RESULT[stage]).stat().st_mtime_ns == before
+        assert f"{stage}: finished before" in output
+        assert (run / stage / RESULT[stage]).stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("stage, sign", [("01_prompts", "raw.jsonl"), ("02_generate", "00001_*.png"), ("03_train_source", "checkpoint.pt"), ("04_selftrain", "checkpoint.pt"),
-                                         ("05_eval", "confusion/03*/day_*_2.npz")])
+@pytest.mark.parametrize("stage, sign", [
+    ("01_prompts", "raw.jsonl"), ("02_generate", "00001_*.png"),
+    ("03_train_source", "checkpoint.pt"), ("04_selftrain", "checkpoint.pt"),
+    ("05_eval", "confusion/03*/night*")])
 def test_a_killed_stage_ends_in_the_same_result(finished, data, tmp_path, stage, sign):
     whole, _ = finished
-    run = tmp_path / "run"
-    run.mkdir()
-    for other in RESULT:
-        if other != stage:
-            (run / other).symlink_to(whole / other)
-    command = [sys.executable, ROOT / f"{stage}.py", *SMALL[stage]]
-    import os
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "RUN": str(run), "DATA": str(data)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((run / stage).glob(sign)) and process.poll() is None:
-        time.sleep(.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, f"expected to kill {stage} while it works, it had ended"
-    done = script(stage, *SMALL[stage], run=run, data=data)
-    assert done.returncode == 0, done.stderr
+    run = beside(whole, tmp_path / "run", stage)
+    process = begin(stage, run=run, data=data)
+    wait_for(process, run / stage, sign)
+    process.kill()
+    process.wait()
+    assert not (run / stage / RESULT[stage]).exists(), "expected to kill it while it works"
+    more = []
     if stage in ("03_train_source", "04_selftrain"):
-        assert "goes on from step" in done.stdout
-        steps = [json.loads(line)["step"] for line in (run / stage / "log.jsonl").read_text().splitlines()]
-        assert steps == list(range(1, len(steps) + 1))
-    assert same(stage, whole, run)
-
-
-def test_source_only_is_the_control_with_as_many_steps(finished, data, tmp_path):
-    whole, _ = finished
-    done = script("04_selftrain", *SMALL["04_selftrain"], "--N_GENERATED=0", f"--OUT={tmp_path}/control", run=whole, data=data)
+        more = ["--PREVIEW_EVERY=100"]          # and previews do not change the result
+    done = script(stage, *SMALL[stage], *more, run=run, data=data)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "control/log.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 6 and "labelled" not in rows[-1]
+    assert same(stage, whole, run)
+    if more:
+        assert "goes on from step" in done.stdout
+        steps = [row["step"] for row in lines(run / stage / "log.jsonl")]
+        assert steps == list(range(1, len(steps) + 1))
 
 
-def test_shards_paint_what_one_job_paints(finished, data, tmp_path):
+def test_shards_paint_what_one_job_paints(finished, tmp_path, start):
     whole, _ = finished
     for shard in ("1/2", "0/2"):
-        done = script("02_generate", *SMALL["02_generate"], f"--SHARD={shard}", f"--OUT={tmp_path}/02_generate", run=whole, data=data)
-        assert done.returncode == 0, done.stderr
+        out = f"--OUT={tmp_path}/02_generate"
+        arguments = *SMALL["02_generate"], f"--SHARD={shard}", out
+        assert start("02_generate", *arguments, run=whole) is None
     assert same("02_generate", whole, tmp_path)
 
 
-def test_checkpoints_kept_on_the_way_are_scored_if_asked(finished, data, tmp_path):
-    run, _ = finished
-    done = script("05_eval", "--STEPS=True", f"--CHECKPOINTS={run}/04_selftrain", f"--TARGETS=folder:{data}/toy/day", f"--OUT={tmp_path}/out", run=run, data=data)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
-    assert [(row["name"], row["iteration"]) for row in rows] == [("04_selftrain/step_000003", 3), ("04_selftrain", 6)]
-    assert (tmp_path / "out/classes.png").exists() and Image.open(tmp_path / "out/panels/day.png").width == 256 * 6      # image, two predictions, truth, two errors
-
-
-def test_pictures_of_any_kind_are_labelled_and_a_broken_one_is_named(finished, data, tmp_path):
+def test_source_only_is_the_control_with_as_many_steps(finished, tmp_path, start):
     whole, _ = finished
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    Image.new("RGBA", (90, 70)).save(photos / "a.png"), Image.new("L", (301, 33)).save(photos / "b.png"), Image.new("P", (64, 64)).save(photos / "c.png")
-    (photos / "more").mkdir()
-    Image.new("RGB", (40, 50)).save(photos / "more/e.png"), Image.new("RGB", (50, 40)).save(photos / "more/e.jpg")
-    (photos / "d.jpg").write_bytes(b"not a picture")
-    done = script("05_eval", f"--IMAGES={photos}", f"--OUT={tmp_path}/out", run=whole, data=data)
-    assert "d.jpg" in done.stderr and done.returncode == 1
-    for stem, size in (("a", (90, 70)), ("b", (301, 33)), ("c", (64, 64)), ("more/e.png", (40, 50)), ("more/e.jpg", (50, 40))):
-        ids = Image.open(tmp_path / "out/images/train_ids" / f"{stem}.png")
-        assert ids.size == size and np.asarray(ids).max() < 12
+    out = f"--OUT={tmp_path}/control"
+    assert start("04_selftrain", *SMALL["04_selftrain"], "--N_GENERATED=0", out, run=whole) is None
+    rows = lines(tmp_path / "control/log.jsonl")
+    assert rows[-1]["step"] == 6 and "labelled" not in rows[-1]
+    assert (tmp_path / "control/model.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------- stopped runs
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+    """A run of 03 that got SIGTERM after its first checkpoint -> run folder, status, stderr"""
+    run = tmp_path_factory.mktemp("stopped")
+    process = begin("03_train_source", "--WORKERS=2", run=run, data=data)
+    wait_for(process, run / "03_train_source", "checkpoint.pt")
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate()
+    return run, process.returncode, stderr
+
+
+def test_sigterm_ends_as_ctrl_c(stopped):
+    _, status, stderr = stopped
+    assert status == 1
+    message = "03_train_source.py: stopped. The same command goes on where this one was."
+    assert stderr.strip() == message
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(stopped, say, tmp_path):
+    run = shutil.copytree(stopped[0], tmp_path / "run")
+    path = run / "03_train_source/checkpoint.pt"
+    largest = max(zipfile.ZipFile(path).infolist(), key=lambda entry: entry.file_size)
+    content = bytearray(path.read_bytes())
+    content[largest.header_offset + largest.file_size // 2] ^= 1        # amid a tensor
+    path.write_bytes(content)
+    message = say("03_train_source", *SMALL["03_train_source"], run=run)
+    assert f"{path} is damaged" in message and "\n" not in message
+    assert path.read_bytes() == content
+
+
+def test_a_checkpoint_of_other_constants_is_refused(stopped, say, tmp_path):
+    run = shutil.copytree(stopped[0], tmp_path / "run")
+    (run / "03_train_source/run.json").unlink()
+    message = say("03_train_source", *SMALL["03_train_source"], "--LR=1e-4", run=run)
+    assert "was made with LR=0.0015 (now 0.0001)" in message and "\n" not in message
+
+
+class SmallRun:
+    """As much of common.Run as a checkpoint needs."""
+    constants = {"LR": 1}
+
+    def __init__(self, out):
+        self.out = out
+
+    def compare(self, earlier):
+        assert earlier["LR"] == 1
+
+
+def resumed(folder, module, total=8):
+    book = import_module("03_train_source").Bookkeeping
+    return book(SmallRun(folder), {"module": module}, total)
+
+
+def test_a_checkpoint_gives_back_what_was_saved(tmp_path):
+    saved, loaded = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    book = resumed(tmp_path, saved)
+    assert book.first == 0
+    book.save(3)
+    assert resumed(tmp_path, loaded).first == 3
+    assert torch.equal(saved.weight, loaded.weight)
+
+
+def refuses(folder, write):
+    """Assert that a checkpoint which write(path, state) makes stops the run with one line."""
+    path, module = folder / "checkpoint.pt", torch.nn.Linear(2, 2)
+    resumed(folder, module).save(3)
+    state = torch.load(path)
+    path.unlink()
+    write(path, state)
+    with pytest.raises(common.Stop, match="checkpoint.pt") as stopped:
+        resumed(folder, module)
+    assert "\n" not in str(stopped.value) and path.exists()
+
+
+@pytest.mark.parametrize("change", [
+    {"step": 10 ** 9}, {"step": 8}, {"step": 0}, {"step": -1}, {"step": "3"}, {"step": None},
+    {"step": float("nan")}, {"module": None}, {"module": {}},
+    {"module": {"weight": torch.zeros(9), "bias": torch.zeros(2)}}, {"constants": None}])
+def test_a_checkpoint_with_something_else_in_it_is_refused(tmp_path, change):
+    refuses(tmp_path, lambda path, state: torch.save(state | change, path))
+
+
+@pytest.mark.parametrize("write", [
+    lambda path, state: path.write_bytes(b""),
+    lambda path, state: path.write_bytes(b"half way"),
+    lambda path, state: torch.save([1, 2], path),
+    lambda path, state: torch.save(state | {"path": Path("a")}, path),
+    lambda path, state: torch.save({"step": 3}, path),
+    lambda path, state: path.mkdir()],
+    ids=["empty", "text", "list", "foreign class", "step only", "folder"])
+def test_a_checkpoint_that_is_something_else_is_refused(tmp_path, write):
+    refuses(tmp_path, write)
+
+
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_a_loss_that_is_not_a_number_stops_and_keeps_an_earlier_checkpoint(say, tmp_path, log_every):
+    small = ("--BATCH=1", "--POINTS=16", "--CROP=32,32", "--LAYERS=1", "--PREVIEW_EVERY=1000")
+    explode = ("--LR=1", "--WEIGHT_DECAY=10", "--LOSS_WEIGHTS=1000,1000,1000", "--WARMUP=0")
+    every = "--SAVE_EVERY=1", f"--LOG_EVERY={log_every}", "--ITERATIONS=100"
+    message = say("03_train_source", *small, *explode, *every)
+    assert "\n" not in message and "not a number" in message
+    out = tmp_path / "run/03_train_source"
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert 0 < state["step"] < int(re.search(r"step (\d+)", message)[1])
+    assert all(tensor.isfinite().all() for tensor in state["decoder"].values())
+    assert not (out / "model.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------- trainable encoder
+TRAIN_04 = ("--ITERATIONS=2", "--N_SOURCE=1", "--N_GENERATED=1", "--SAVE_EVERY=1", "--EMA=0.5",
+            "--LR=1e-3", "--WARMUP=0")
+
+
+@pytest.fixture(scope="module")
+def trained(finished, data, tmp_path_factory):
+    """03 with a trainable encoder, then 04 as it comes, on the pictures of `finished` -> folder"""
+    run = tmp_path_factory.mktemp("trained")
+    (run / "02_generate").symlink_to(finished[0] / "02_generate")
+    arguments = "--ITERATIONS=2", "--BATCH=2", "--FREEZE_ENCODER=False", "--WARMUP=0"
+    assert here("03_train_source", *arguments, run=run, data=data) is None
+    assert here("04_selftrain", *TRAIN_04, run=run, data=data) is None
+    return run
+
+
+def encoder_of(path):
+    start = "encoder."
+    return {k[len(start):]: v for k, v in load_file(path).items() if k.startswith(start)}
+
+
+def equal(one, other):
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[k], other[k]) for k in one)
+
+
+def original():
+    """The encoder of the toy preset, as it is shipped"""
+    return import_module("03_train_source").Encoder(f"open_clip:local-dir:{common.MINIATURES}/clip")
+
+
+def test_a_frozen_encoder_does_not_travel(finished):
+    for stage in ("03_train_source", "04_selftrain"):
+        names = load_file(finished[0] / stage / "model.safetensors")
+        assert {name.partition(".")[0] for name in names} == {"decoder"}
+
+
+def test_04_goes_on_training_the_encoder_that_03_trained(trained):
+    first = encoder_of(trained / "03_train_source/model.safetensors")
+    student = encoder_of(trained / "04_selftrain/model.safetensors")
+    teacher = encoder_of(trained / "04_selftrain/teacher.safetensors")
+    assert not equal(first, original().state_dict()) and not equal(student, first)
+    record, = lines(trained / "04_selftrain/run.json")
+    assert record["constants"]["FREEZE_ENCODER"] is False
+    # the teacher is between theta_0 and the student: 1/4 and 3/4 after two steps with EMA = 0.5
+    name = "trunk.stem.0.weight" if "trunk.stem.0.weight" in first else next(iter(first))
+    moved = (student[name] - first[name]).abs().max()
+    assert moved > 0 and 0 < (teacher[name] - first[name]).abs().max() < moved
+
+
+def test_04_goes_on_with_both_encoders_where_it_was_stopped(trained, data, tmp_path, monkeypatch):
+    replace, out = common.os.replace, f"--OUT={tmp_path}/04_selftrain"
+
+    def interrupt(part, path):
+        replace(part, path)
+        if Path(path).name == "checkpoint.pt":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.os, "replace", interrupt)
+        assert "stopped" in here("04_selftrain", *TRAIN_04, out, run=trained, data=data)
+    assert here("04_selftrain", *TRAIN_04, out, run=trained, data=data) is None
+    assert same("04_selftrain", trained, tmp_path)
+
+
+def test_04_can_freeze_an_encoder_that_03_trained(trained, tmp_path, start):
+    arguments = *TRAIN_04, "--FREEZE_ENCODER=True", f"--OUT={tmp_path}/out"
+    assert start("04_selftrain", *arguments, run=trained) is None
+    first = encoder_of(trained / "03_train_source/model.safetensors")
+    for name in ("model", "teacher"):
+        assert equal(encoder_of(tmp_path / f"out/{name}.safetensors"), first)
+
+
+def test_05_scores_the_encoder_that_was_trained(trained, data, tmp_path, start):
+    source_stage, target = import_module("03_train_source"), f"folder:{data}/toy/day"
+    arguments = f"--TARGETS={target}", f"--OUT={tmp_path}/out", "--PANELS=0"
+    assert start("05_eval", *arguments, run=trained) is None
+    rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["03_train_source", "04_selftrain"]
+    for row in rows:
+        file = trained / row["name"] / "model.safetensors"
+        _, decoder, about = source_stage.load_model(file)
+        counted = []
+        for weights in (encoder_of(file), original().state_dict()):
+            encoder = source_stage.Encoder(about["encoder"]).eval()
+            encoder.load_state_dict(weights)
+            counted.append(count(encoder, decoder, common.pairs(target, "val")))
+        confusion = np.load(row["targets"][target]["confusion"])
+        assert np.array_equal(confusion, counted[0]) and not np.array_equal(confusion, counted[1])
+
+
+def count(encoder, decoder, pairs):
+    """Pixel counts of [true class, predicted class]"""
+    counts = np.zeros((12, 12), int)
+    for image, label in pairs:
+        pixels = torch.from_numpy(np.array(common.read_image(image))).permute(2, 0, 1)[None]
+        scores = import_module("03_train_source").predict(encoder, decoder, pixels)
+        truth = np.asarray(Image.open(label))
+        np.add.at(counts, (truth.ravel(), scores.argmax(1).numpy().ravel()), 1)
+    return counts
+
+
+# ---------------------------------------------------------------------------- processes, workers
+def torchrun(stage, *arguments, run, data):
+    """The real script in two processes -> CompletedProcess"""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               ROOT / f"{stage}.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
+                          env=environment(run, data))
+
+
+def test_two_processes_train_one_model_like_one_process(data, folder, tmp_path, start):
+    # one picture, so that the losses of both processes differ by nothing but their random numbers
+    image, label = common.pairs(f"folder:{data}/toy/game_train", "train")[0]
+    source = folder({"a": np.asarray(Image.open(image))}, {"a": np.asarray(Image.open(label))})
+    arguments = (f"--SOURCE={source}", "--SCALE=1,1", "--CROP=128,256", "--ITERATIONS=4",
+                 "--BATCH=4", "--POINTS=2048", "--LOG_EVERY=1", "--SAVE_EVERY=2", "--WARMUP=0")
+    done = torchrun("03_train_source", *arguments, run=tmp_path / "two", data=data)
+    assert done.returncode == 0, done.stderr
+    assert start("03_train_source", *arguments, run=tmp_path / "one") is None
+    out = tmp_path / "two/03_train_source"
+    assert not list(out.glob("*.part")) and not (out / "checkpoint.pt").exists()
+    two, one = lines(out / "log.jsonl"), lines(tmp_path / "one/03_train_source/log.jsonl")
+    assert [row["step"] for row in two] == [row["step"] for row in one] == [1, 2, 3, 4]
+    for a, b in zip(one, two):
+        assert abs(a["loss"] - b["loss"]) < .03 * a["loss"]
+    assert one[0]["loss"] - one[3]["loss"] > .1 * one[0]["loss"]        # there is something to miss
+    one = load_file(tmp_path / "one/03_train_source/model.safetensors")
+    assert one.keys() == load_file(out / "model.safetensors").keys()
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(data, tmp_path):
+    done = torchrun("03_train_source", "--BATCH=3", run=tmp_path, data=data)
+    assert done.returncode != 0
+    assert "03_train_source.py: 2 processes cannot share 3 images per step" in done.stderr
+
+
+def test_an_error_in_a_worker_is_one_line_that_names_the_file(folder, data, tmp_path):
+    name = folder({"a": np.zeros((64, 64, 3))}, {"a": np.zeros((64, 64))})
+    path = tmp_path / "own/images/a.png"
+    path.write_bytes(path.read_bytes()[:-20])
+    done = script("03_train_source", f"--SOURCE={name}", "--WORKERS=2", "--BATCH=2", run=tmp_path,
+                  data=data)
+    assert done.returncode == 1
+    message, = done.stderr.strip().splitlines()
+    assert message.startswith(f"03_train_source.py: {path} cannot be read as a picture")

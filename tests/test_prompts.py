@@ -1,28 +1,55 @@
-"""01's parser on what LLMs really write."""
+"""01: what the parser makes of what LLMs really write, what is asked, and how a run goes on."""
 import json
+import shutil
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from common import CLASSES, SYNONYMS
-from conftest import fresh
+import common
+from conftest import fresh, script
 
 stage = fresh("01_prompts")
-TABLE = stage.word_table(SYNONYMS)
+TABLE = stage.word_table(stage.WORDS)
+CITYSCAPES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light",
+              "traffic sign", "vegetation", "terrain", "sky", "person", "rider", "car", "truck",
+              "bus", "train", "motorcycle", "bicycle")
 
 
+def collect(answer, n=50, missing=(), kept=None, **more):
+    """stage.collect with N_PROMPTS = n -> kept prompts, classes that are missing, drop counts"""
+    kept, missing, dropped = {} if kept is None else kept, list(missing), Counter()
+    stage.N_PROMPTS = n
+    stage.collect(answer, TABLE, kept, missing, dropped, **more)
+    return kept, missing, dict(dropped)
+
+
+# ---------------------------------------------------------------------------- the parser
 @pytest.mark.parametrize("line, prompt", [
-    ("a photo of a car in the rain", "a photo of a car in the rain"), ("12. A photo of a bus in Tokyo at noon.", "a photo of a bus in Tokyo at noon"),
-    ("  * **A photo of two people in the snow**", "a photo of two people in the snow"), ('- "a photo of a road and cars in Paris on a rainy night"', "a photo of a road and cars in Paris on a rainy night"),
-    ("\t3) An photo of a traffic light in fog", "a photo of a traffic light in fog"), ("a photo of many poles, two fences and a tree in a village in winter", "a photo of many poles, two fences and a tree in a village in winter")])
-def test_usable_lines_in_all_their_dresses(line, prompt):
+    ("a photo of a car in the rain", "a photo of a car in the rain"),
+    ("12. A photo of a bus in Tokyo at noon.", "a photo of a bus in Tokyo at noon"),
+    ("  * **A photo of two people in the snow**", "a photo of two people in the snow"),
+    ('- "a photo of a road and cars in Paris"', "a photo of a road and cars in Paris"),
+    ("\t3) An photo of a traffic light in fog", "a photo of a traffic light in fog"),
+    ("“a photo of a **car** in a town”,", "a photo of a car in a town"),
+    ("a photo of many poles, two fences and a tree in a village in winter",
+     "a photo of many poles, two fences and a tree in a village in winter")])
+def test_usable_lines_in_all_forms(line, prompt):
     assert stage.parse(line, TABLE)[0] == prompt
 
 
 @pytest.mark.parametrize("line, why", [
-    ("Sure, here are 100 diverse and simple prompts:", "not"), ("a photo of X in Z", "echo"), ('Example of the prompt: "a photo of a car in Z"', "not"), ("a photo of a car on the road", "not"),
-    ("a photo of a door in a house", "no class"), ("a photo of a person with a person with a person with a person in a town", "loop"), ("a photo of apersonwithapersonwithaperson in a town", "loop"),
-    ("a picture of a car in the rain", "not"), ("", "not"), ("a photo of a scar in a bustling market", "no class")])
+    ("Sure, here are 100 diverse and simple prompts:", "not"),
+    ("a photo of X in Z", "not"),
+    ('Example of the prompt: "a photo of a car in Z"', "not"),
+    ("a photo of a car on the road", "not"),
+    ("a picture of a car in the rain", "not"),
+    ("", "not"),
+    ("a photo of a door in a house", "no class"),
+    ("a photo of a scar in a bustling market", "no class"),
+    ("a photo of a person with a person with a person with a person in a town", "loop"),
+    ("a photo of apersonwithapersonwithaperson in a town", "loop")])
 def test_what_is_dropped_and_why(line, why):
     prompt, reason = stage.parse(line, TABLE)
     assert prompt is None and why in reason
@@ -30,46 +57,241 @@ def test_what_is_dropped_and_why(line, why):
 
 def test_classes_are_found_by_whole_words_plurals_and_synonyms():
     assert stage.classes_in("two buses, people and bikes", TABLE) == {"bus", "person", "bicycle"}
-    assert stage.classes_in("a traffic light", TABLE) == {"sign"} and stage.classes_in("a scarf, a businessman", TABLE) == set()
+    assert stage.classes_in("a traffic light", TABLE) == {"sign"}
+    assert stage.classes_in("a scarf, a businessman", TABLE) == set()
 
 
-def test_places_are_kept_free_for_classes_that_nobody_named():
-    found = stage.Collector(len(CLASSES), TABLE)
-    found.add("\n".join(f"a photo of a car in town {i}" for i in range(40)), cut=False)
-    assert len(found.kept) == 1 and found.dropped["enough of these"] == 39
-    found.add("\n".join(f"a photo of a {name} in a town" for name in CLASSES), cut=False)
-    assert not found.missing and len(found.kept) == len(CLASSES)
+def test_of_two_classes_with_a_word_the_first_has_it(monkeypatch):
+    assert TABLE["cyclist"] == "bicycle"                        # the toy preset has no riders
+    monkeypatch.setattr(common, "CLASSES", list(CITYSCAPES))
+    paper = fresh("01_prompts")
+    table = paper.word_table(paper.WORDS)
+    assert table["cyclist"] == "rider" and table["traffic light"] == "traffic light"
+    assert paper.classes_in("a stop sign, a lorry", table) == {"traffic sign", "truck"}
 
 
-def test_repeats_and_the_cut_last_line_are_dropped():
-    found = stage.Collector(50, TABLE)
-    found.add("a photo of a car in a town\nA photo of a car in a town.\na photo of a bus in a t", cut=True)
-    assert list(found.kept.values()) == ["a photo of a car in a town"] and dict(found.dropped) == {"repeated": 1, "cut off": 1}
+def test_a_weak_llms_synonym_renames_no_class():
+    table = stage.word_table(stage.WORDS, {"road": ["railing", "boulevard"], "sky": ["cars"]})
+    assert table["railing"] == "fence" and table["cars"] == "car"
+    assert table["boulevards"] == "road"
 
 
 def test_synonyms_are_short_plain_words_from_a_list():
-    answer = "Here are some words:\n1. pedestrian\n2. \"walker\"\n3. a person who is walking down a street\n- car\n4. pedestrian"
-    assert stage.parse_synonyms(answer) == ["pedestrian", "walker"]
+    answer = ("Here are some words:\n1. pedestrian\n2. \"walker\"\n"
+              "3. a person who is walking down a street\n- car\n4. pedestrian\n\n* passer by")
+    assert stage.parse_synonyms(answer) == ["pedestrian", "walker", "passer by"]
 
 
-def test_a_class_that_the_llm_never_names_does_not_hold_its_place_for_ever():
-    found = stage.Collector(3, TABLE)
-    found.fair = False
-    found.add("\n".join(f"a photo of a car in town {i}" for i in range(5)), cut=False)
-    assert len(found.kept) == 3 and "sky" in found.missing
+# ---------------------------------------------------------------------------- what is kept
+def test_places_are_reserved_for_classes_that_nobody_named():
+    cars = "\n".join(f"a photo of a car in town {i}" for i in range(40))
+    kept, missing, dropped = collect(cars, len(common.CLASSES), common.CLASSES)
+    assert len(kept) == 1 and dropped == {"enough of these": 39}
+    names = "\n".join(f"a photo of a {name} in a town" for name in common.CLASSES)
+    kept, missing, _ = collect(names, len(common.CLASSES), missing, kept)
+    assert not missing and len(kept) == len(common.CLASSES)
 
 
-def test_a_weak_llms_synonym_can_not_rename_a_class():
-    table = stage.word_table(SYNONYMS, {"road": ["railing", "boulevard"], "sky": ["car"]})
-    assert table["railing"] == "fence" and table["car"] == "car" and table["boulevards"] == "road"
+def test_a_class_that_the_llm_never_names_keeps_its_place_for_a_while_only():
+    cars = "\n".join(f"a photo of a car in town {i}" for i in range(5))
+    kept, missing, _ = collect(cars, 3, common.CLASSES, fair=False)
+    assert len(kept) == 3 and "sky" in missing and "car" not in missing
 
 
-def test_what_a_real_small_llm_wrote():
-    """Eight recorded answers of SmolLM2-135M-Instruct to the request of 01: of 140 lines ten are usable."""
-    found = stage.Collector(60, TABLE)
-    found.fair = False
-    for line in (Path(__file__).parent / "smollm2.jsonl").read_text().splitlines():
-        found.add(**json.loads(line))
-    kept = list(found.kept)
-    assert len(kept) == 10 and kept[0] == "a photo of a person standing in front of a building" and kept[-1] == "a photo of a person in a city street with a vibrant green roof with a bright sky"
-    assert dict(found.dropped) == {"not 'a photo of X in Z'": 99, "repeated": 15, "no class in X": 10, "cut off": 6}
+def test_repeats_are_dropped_whatever_their_case():
+    kept, _, dropped = collect("a photo of a car in a town\n1. A photo of a Car in a town.")
+    assert list(kept) == ["a photo of a car in a town"] and dropped == {"repeated": 1}
+
+
+def test_what_a_real_small_llm_wrote(tmp_path):
+    """Eight recorded answers of SmolLM2-135M-Instruct to the request: of 140 lines ten are usable,
+    and six last lines are cut off."""
+    path = Path(__file__).parent / "smollm2.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    ask = stage.recorded(lambda request, seed: rows[seed], tmp_path / "raw.jsonl")
+    kept, dropped = {}, Counter()
+    stage.N_PROMPTS = 60
+    for turn in range(len(rows)):
+        stage.collect(ask(turn, "?"), TABLE, kept, [], dropped)
+    assert len(kept) == 10
+    assert next(iter(kept)) == "a photo of a person standing in front of a building"
+    assert dropped == {"not 'a photo of X in Z'": 99, "repeated": 15, "no class in X": 10}
+
+
+# ---------------------------------------------------------------------------- what is asked
+def test_synthias_request_leaves_out_the_classes_that_it_does_not_have(monkeypatch):
+    monkeypatch.setattr(common, "CLASSES", list(CITYSCAPES))
+    for preset, n in (("gta", 19), ("synthia", 16), ("cityscapes", 19)):
+        monkeypatch.setattr(common, "PRESET", preset)
+        classes = fresh("01_prompts").SOURCE_CLASSES
+        assert len(classes) == n and ("truck" in classes) == (n == 19)
+    kept, missing = {}, ["car"]
+    stage.collect("a photo of a bus in a town", TABLE, kept, missing, Counter())
+    assert kept and missing == ["car"]          # a class that is not asked for counts as named
+
+
+class FakeLLM:
+    """Answers with one line per class, another place for every seed; stops after `most` answers."""
+    def __init__(self, most=999):
+        self.most, self.seeds, self.requests = most, [], []
+
+    def __call__(self, request, seed):
+        if len(self.seeds) == self.most:
+            raise KeyboardInterrupt
+        self.seeds.append(seed)
+        self.requests.append(request)
+        classes = ("car", "bus", "sky", "road") if seed % 3 else common.CLASSES
+        lines = [f"{k + 1}. a photo of a {c} in town {seed}" for k, c in enumerate(classes)]
+        return {"answer": "\n".join(lines) + "\n6. a photo of", "cut": True}
+
+
+def run(out, llm, **constants):
+    """main() of a new 01 with this LLM -> the module"""
+    module = fresh("01_prompts")
+    vars(module).update({"OUT": str(out), "N_PROMPTS": 40} | constants)
+    module.load_llm = lambda name: llm
+    module.main()
+    return module
+
+
+def test_a_stopped_run_goes_on_to_the_same_prompts(tmp_path):
+    whole = FakeLLM()
+    run(tmp_path / "whole", whole)
+    first, second = FakeLLM(most=14), FakeLLM()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", first)
+    raw = tmp_path / "stopped/raw.jsonl"
+    raw.write_bytes(raw.read_bytes()[:-20])                     # a kill in the middle of a line
+    run(tmp_path / "stopped", second)
+    for name in ("prompts.txt", "raw.jsonl", "synonyms.json"):
+        assert (tmp_path / "stopped" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert first.seeds == list(range(14)) and second.seeds == whole.seeds[13:]
+    assert first.requests[-1] == second.requests[0]
+
+
+def test_every_second_request_names_only_what_is_missing(tmp_path):
+    llm = FakeLLM()
+    run(tmp_path, llm, SEED=1)
+    asked = [request.split("[")[1].split("]")[0].split(", ") for request in llm.requests[12:]]
+    assert asked[0] == common.CLASSES                           # seed 13: four classes are named
+    assert asked[1] == [c for c in common.CLASSES if c not in ("car", "bus", "sky", "road")]
+    assert asked[2] == common.CLASSES
+
+
+def test_more_answers_may_be_asked_for_later(tmp_path, capsys):
+    first, second = FakeLLM(), FakeLLM()
+    with pytest.raises(common.Stop, match=r"(?s)2 answers: 16 of 40 prompts.*--TRIES=4"):
+        run(tmp_path, first, TRIES=2)
+    run(tmp_path, second, TRIES=60)
+    assert second.seeds[0] == len(first.seeds) == 14
+    named = capsys.readouterr().out.splitlines()[-2]
+    assert named.startswith("named: road ") and " 0" not in named
+
+
+def test_answers_to_other_requests_are_refused(tmp_path):
+    run(tmp_path, FakeLLM())
+    (tmp_path / "prompts.txt").unlink()
+    (tmp_path / "run.json").unlink()
+    message = r"raw.jsonl, line 1: another request .*[Rr]emove the file"
+    with pytest.raises(common.Stop, match=message):
+        run(tmp_path, FakeLLM(most=0), PLACE="a room")
+
+
+@pytest.mark.parametrize("content", ["{}\n", "not json\n", "[]\n"])
+def test_a_broken_record_is_named(tmp_path, content):
+    (tmp_path / "raw.jsonl").write_text(content)
+    with pytest.raises(common.Stop, match="raw.jsonl: expected lines of JSON with request"):
+        run(tmp_path, FakeLLM(most=0))
+
+
+def test_a_record_without_a_whole_line_begins_again(tmp_path):
+    (tmp_path / "raw.jsonl").write_text('{"request": "List wor')
+    llm = FakeLLM()
+    run(tmp_path, llm)
+    assert llm.seeds[0] == 0
+
+
+# ---------------------------------------------------------------------------- models that think
+@pytest.mark.parametrize("answer, cut, lines", [
+    ("<think>a photo of a car in town</think>\n\nb\nc", False, "\n\nb\nc"),
+    ("a photo of a car in town</think>\nb", False, "\nb"),
+    ("<think>first</think>b<think>a photo of a car in town", True, ""),
+    ("<think>a photo of a car in town\na photo of a bus in town", True, ""),
+    ("b\nc\nd", True, "b\nc"),
+    ("b\nc\n", True, "b\nc"),
+    ("b", True, "")])
+def test_thoughts_and_cut_lines_are_no_answer(tmp_path, answer, cut, lines):
+    path = tmp_path / "raw.jsonl"
+    ask = stage.recorded(lambda *_: {"answer": answer, "cut": cut}, path)
+    assert ask(0, "?") == lines
+    assert json.loads(path.read_text())["answer"] == answer     # the record has all of it
+
+
+def llm_folder(folder, template):
+    """The miniature LLM with another chat template; "" = none"""
+    shutil.copytree(stage.LLM, folder)
+    (folder / "chat_template.jinja").unlink()
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    return str(folder)
+
+
+def test_a_template_that_opens_the_thinking_is_seen(tmp_path):
+    module = fresh("01_prompts")
+    module.NEW_TOKENS = 16
+    template = "{{ messages[0].content }}<think>\n"
+    answer = module.load_llm(llm_folder(tmp_path / "llm", template))("List", 0)
+    assert answer["answer"].startswith("<think>") and answer["cut"] in (True, False)
+
+
+def test_a_model_that_can_do_without_thinking_is_told_to(tmp_path):
+    module = fresh("01_prompts")
+    module.NEW_TOKENS = 16
+    template = ("{{ messages[0].content }}<think>\n"
+                "{% if enable_thinking is defined and not enable_thinking %}</think>{% endif %}")
+    answer = module.load_llm(llm_folder(tmp_path / "llm", template))("List", 0)
+    assert not answer["answer"].startswith("<think>")
+
+
+def test_a_model_without_a_template_gets_the_request_as_it_is(tmp_path):
+    """Then it answers as with a template that adds nothing but the first token."""
+    module = fresh("01_prompts")
+    module.NEW_TOKENS = 16
+    plain = module.load_llm(llm_folder(tmp_path / "plain", ""))
+    template = "<|im_start|>{{ messages[0]['content'] }}"
+    same = module.load_llm(llm_folder(tmp_path / "same", template))
+    assert plain("a photo of", 3) == same("a photo of", 3)
+
+
+def test_the_miniature_answers_the_same_for_the_same_seed():
+    llm = stage.load_llm(stage.LLM)
+    request = stage.synonym_request("person")
+    assert llm(request, 5) == llm(request, 5) and not llm(request, 5)["cut"]
+
+
+# ---------------------------------------------------------------------------- messages
+@pytest.mark.parametrize("argument", [
+    "--N_PROMPTS=0", "--TRIES=0", "--LLM=", "--TEMPERATURE=0", "--TEMPERATURE=nan", "--TOP_P=1.5",
+    "--NEW_TOKENS=2", "--SEED=-1", "--SOURCE_CLASSES=car,dog", "--SOURCE_CLASSES=",
+    "--SOURCE_CLASSES=car,car"])
+def test_constants_out_of_range_are_refused(say, argument, tmp_path):
+    name = argument[2:].partition("=")[0]
+    assert f"{name}=" in say("01_prompts", argument) and not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_not_there_is_reported_within_a_second(say, tmp_path, capfd):
+    import transformers  # noqa: F401   whose import is not counted
+    for name in ("Qwen/Qwen3-4B-Instruct-2507", "./llm", "meta-llama/Llama-2-70b-chat-hf"):
+        start = time.time()
+        message = say("01_prompts", f"--LLM={name}")
+        seconds = time.time() - start
+        assert message.startswith(f"01_prompts.py: the LLM {name} could not be loaded")
+        assert "hf auth login" in message and "prompts.txt by hand" in message
+    assert seconds < 1 and not (tmp_path / "run").exists()
+    assert "ERROR" not in capfd.readouterr().err
+
+
+def test_help_shows_the_papers_model(tmp_path):
+    done = script("01_prompts", "--help", run=tmp_path, data=tmp_path, PRESET="synthia")
+    assert done.returncode == 0 and "--LLM=Qwen/Qwen3-4B-Instruct-2507" in done.stdout
+    assert "train," not in done.stdout.split("--SOURCE_CLASSES=")[1].splitlines()[0]

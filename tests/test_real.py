@@ -1,28 +1,78 @@
-"""Real data, for those who have it: REAL=FOLDER with cityscapes/ in it as downloaded, whole or in part. Skipped otherwise."""
+"""Real pictures, labels and weights, for those who have them; skipped otherwise.
+
+REAL names a folder with some of: cityscapes/ as downloaded, whole or in part; camvid_day/images
+and labels (Cityscapes train ids); tf_efficientnet_lite0/, a CNN in timm's local-dir format.
+Without REAL it is ../shared/real."""
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import common
-from test_eval import official, ours, stage  # noqa: F401
+from conftest import ROOT, fresh, script
 
-REAL = Path(os.environ.get("REAL", ""))
-pytestmark = pytest.mark.skipif(not (REAL / "cityscapes").is_dir(), reason="set REAL to a data folder with cityscapes/ in it")
+REAL = Path(os.environ.get("REAL", ROOT.parent / "shared/real")).resolve()
+CNN, DAY, DUSK = REAL / "tf_efficientnet_lite0", REAL / "camvid_day", REAL / "camvid_dusk"
 
 
-def test_cityscapes_labels_are_read_and_scored_as_cityscapesscripts_does(stage, monkeypatch, tmp_path):  # noqa: F811
+def needs(*folders):
+    missing = [str(folder) for folder in folders if not folder.is_dir()]
+    return pytest.mark.skipif(bool(missing), reason=f"no {', '.join(missing)}")
+
+
+@needs(REAL / "cityscapes")
+def test_cityscapes_labels_are_read_as_cityscapesscripts_names_them(monkeypatch):
+    labels = pytest.importorskip("cityscapesscripts.helpers.labels").name2label
     monkeypatch.setattr(common, "DATA", str(REAL))
-    found, ids = common.pairs("cityscapes", "val")[:3], np.array(list(common.CITYSCAPES_IDS))
-    truths = [np.asarray(Image.open(label)) for _, label in found]
-    for (image, label), truth in zip(found, truths):
-        read = common.read_label(label, "cityscapes", common.read_image(image).size)
-        assert (read[truth == 26] == 13).all() and (read[truth == 7] == 0).all() and (read[truth < 7] == common.IGNORE).all()
-    random = np.random.default_rng(0)
-    guesses = [np.where(random.random(t.shape) < .7, np.roll(np.maximum(t, 7), 9, 1), 26) for t in truths]
-    guesses = [np.where(np.isin(g, ids), g, 7) for g in guesses]
-    mean, each = official(tmp_path, zip(guesses, truths))
-    our_mean, our_each = ours(stage, monkeypatch, zip(guesses, truths))
-    assert abs(our_mean - mean) < 1e-9 and all(np.isnan(v) and np.isnan(each[k]) or abs(v - each[k]) < 1e-9 for k, v in our_each.items())
+    found = common.pairs("cityscapes", "val")[:3]
+    for image, path in found:
+        ids = np.asarray(Image.open(path))
+        read = common.read_label(path, "cityscapes", common.read_image(image).size)
+        wanted = np.full(ids.shape, common.IGNORE)
+        for train_id, name in enumerate(common.CLASSES):
+            official = {"light": "traffic light", "sign": "traffic sign"}.get(name, name)
+            wanted[ids == labels[official].id] = train_id
+        assert (read == wanted).all() and (read != common.IGNORE).mean() > .5
+
+
+@needs(CNN, DAY)
+def test_a_real_cnn_gives_timms_features_of_a_real_picture():
+    import timm
+    from torchvision.transforms.functional import normalize
+    encoder = fresh("03_train_source").Encoder(f"timm:local-dir:{CNN}").train()
+    model = timm.create_model(f"local-dir:{CNN}", pretrained=True).eval()
+    image = common.read_image(sorted((DAY / "images").iterdir())[0]).resize((224, 160))
+    image = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    config = model.pretrained_cfg
+    x = normalize(image / 255, config["mean"], config["std"])
+    with torch.no_grad():
+        wanted = model.forward_intermediates(x, indices=4, intermediates_only=True)
+    for _ in range(2):                  # the second time too: no statistics have moved
+        for ours, theirs in zip(encoder(image), wanted, strict=True):
+            assert torch.equal(ours, theirs)
+    assert encoder.channels == [24, 40, 112, 320]
+
+
+@needs(CNN, DAY, DUSK)
+def test_training_on_real_pictures_lowers_the_loss_and_adapts_to_others(tmp_path):
+    settings = ["--WORKERS=0", "--LOG_EVERY=1"]
+    size = ["--DIM=32", "--QUERIES=20", "--LAYERS=2", "--HIDDEN=64", "--PIXEL_LAYERS=1"]
+    training = [f"--SOURCE=folder:{DAY}", "--CROP=96,128", "--SCALE=0.3,0.6", "--POINTS=256",
+                "--BATCH=4", "--ITERATIONS=16", "--LR=0.003", "--GRAD_CLIP=1"]
+    done = script("03_train_source", *settings, *size, *training, f"--ENCODER=timm:local-dir:{CNN}",
+                  run=tmp_path, data=tmp_path, PRESET="cityscapes")
+    assert done.returncode == 0, done.stderr
+    rows = common.read_lines(tmp_path / "03_train_source/log.jsonl", "loss")
+    losses = [row["loss"] for row in rows]
+    assert np.mean(losses[-3:]) < .8 * losses[0]
+    painted = [f"--GENERATED=folder:{DUSK}/images", "--N_PICTURES=3", "--N_SOURCE=1",
+               "--N_GENERATED=1", "--ITERATIONS=2", "--SAM=tests/toy/weights/sam",
+               "--SAM_MIN_AREA=100", "--SAM_BATCH=1"]
+    done = script("04_selftrain", *settings, *painted, run=tmp_path, data=tmp_path,
+                  PRESET="cityscapes")
+    assert done.returncode == 0, done.stderr
+    rows = common.read_lines(tmp_path / "04_selftrain/log.jsonl", "labelled")
+    assert all(np.isfinite(list(row.values())).all() for row in rows)

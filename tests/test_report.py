@@ -1,94 +1,280 @@
-"""The miniature's report: its statistics on numbers worked out by hand, and its oracles on a map drawn by hand."""
+"""The miniature's report: its statistics on numbers worked out by hand, its oracles on maps drawn
+by hand, and that a row is trained, scored, and not trained again."""
+import json
+import subprocess
+import sys
+import types
+
 import numpy as np
 import pretrain
 import pytest
 import report
+import rows
+import scores
 import torch
 import world
+from PIL import Image
 
 import common
 from common import IGNORE
-from conftest import fresh
+from conftest import ROOT, environment, fresh
 
 
+def row_of(*values):
+    """A row of results.json whose seeds 0, 1, ... have these values for every style and class."""
+    found = {}
+    for seed, value in enumerate(values):
+        found[str(seed)] = {s: {"miou": value, "iou": [value] * 12} for s in report.STYLES}
+    return found
+
+
+@pytest.fixture
+def selftrain():
+    """A new module of stage 04 with a new module of stage 03 in it."""
+    stage = fresh("04_selftrain")
+    stage.source_stage = fresh("03_train_source")
+    return stage
+
+
+# ------------------------------------------------------------------- tables and figures
 def test_differences_are_paired_by_seed():
-    row = lambda *values: {str(seed): {s: {"miou": v, "iou": [v] * 12} for s in report.STYLES} for seed, v in enumerate(values)}
-    text = report.table({"rows": {"source_only": row(10., 20., 30.), "sam": row(12., 22., 32.)}}, {"source_only": "a", "sam": "b"}, "source_only")
-    assert "| b | 12.0 | " not in text and "**22.0** ± 24.8 | 3 | +2.0 ± 0.0 |" in text
+    results = {"rows": {"source_only": row_of(10., 20., 30.), "sam": row_of(12., 22., 32.)}}
+    lines = report.table(results, {"source_only": "a", "sam": "b"}, "source_only").splitlines()
+    assert lines[2].endswith("| 20.0 | 20.0 | **20.0** ± 10.0 | 3 |  |")
+    assert lines[3].endswith("| 22.0 | 22.0 | **22.0** ± 10.0 | 3 | +2.0 ± 0.0 |")
 
 
-def test_the_table_of_labels_says_right_per_cent_and_labelled_per_cent():
-    found = {"redrawn by SAM": {s: {"right": .5 if s == "fog" else .75, "labelled": .4, "miou": 30.} for s in report.STYLES}}
-    assert report.labels_table(found).splitlines()[-1] == "| redrawn by SAM | 75 (40) | 75 (40) | 75 (40) | 50 (40) | 75 (40) | 70 (40) | 30.0 |"
+def test_one_seed_has_no_spread_and_a_row_that_was_not_run_is_left_out():
+    results = {"rows": {"source_only": row_of(10.), "sam": row_of(13., 99.)}}
+    titles = {"source_only": "a", "sam": "b", "raw": "c"}
+    lines = report.table(results, titles, "source_only").splitlines()
+    assert len(lines) == 4
+    assert "**10.0** | 1 |" in lines[2] and lines[3].endswith("| 2 | +3.0 |")
+    assert report.table_of_classes(results, titles).splitlines()[2] == "| a |" + " 10 |" * 12
 
 
-def test_frechet_distance_of_a_shift_is_its_square():
-    cloud = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-    assert report.frechet(cloud, cloud) == pytest.approx(0, abs=1e-4) and report.frechet(cloud, cloud + torch.tensor([3., 0., 4.])) == pytest.approx(25, abs=1e-3)
+def test_the_table_of_labels_has_right_and_labelled_per_cent():
+    found = {}
+    for style in report.STYLES:
+        right = .5 if style == "fog" else .75
+        found[style] = {"right": right, "labelled": .4, "miou": 30.}
+    text = report.table_of_labels({"redrawn by SAM": found})
+    assert text.splitlines()[-1] == ("| redrawn by SAM | 75 (40) | 75 (40) | 75 (40) | 50 (40) | "
+                                     "75 (40) | 70 (40) | 30.0 |")
 
 
-@pytest.mark.parametrize("place, style", [("the dark", "night"), ("a village in winter", "snow"), ("a town on a misty morning", "fog"), ("a wet wide avenue on a rainy day", "rain"), ("a sunny town", "day")])
-def test_the_weather_that_a_prompt_asks_for(place, style):
-    assert report.style_of(place) == style
+def test_a_figure_is_drawn_of_rows_that_have_all_seeds(tmp_path):
+    results = {"rows": {"source_only": row_of(30., 31., 32.), "sam": row_of(34., 35., 36.),
+                        "points_1": row_of(33., 33., 34.), "points_10": row_of(40.)}}
+    title, wanted = report.FIGURES["figure6_points"]
+    assert report.draw_figure(tmp_path / "f.png", results, title, wanted)
+    assert Image.open(tmp_path / "f.png").size == (520, 300)
+    del results["rows"]["sam"]
+    assert not report.draw_figure(tmp_path / "g.png", results, title, wanted)
+    assert not (tmp_path / "g.png").exists()
 
 
-def test_the_control_keeps_raw_labels_where_sam_kept_one():
-    stage = vars(fresh("04_selftrain"))
-    stage["refine"] = lambda sam, embeddings, labels, random: (torch.tensor([[[5, IGNORE], [IGNORE, 7]]]), [])
-    report.with_oracle(stage, "raw where SAM kept")
-    assert stage["refine"](None, None, np.array([[[1, 2], [3, 4]]], np.uint8), None)[0].tolist() == [[[1, IGNORE], [IGNORE, 4]]]
+def test_every_row_of_every_table_can_be_run_and_has_constants_of_its_stage():
+    named = {*report.TABLE4, *report.TABLE5, *report.ORACLES, *report.ABLATIONS}
+    for _, wanted in report.FIGURES.values():
+        named |= set(wanted.values())
+    changes = [*report.TRIED.values(), *report.SIZES.values()]
+    assert named | {row for row, _ in changes} <= set(report.ROWS)
+    for stage, constants, _ in report.ROWS.values():
+        changes.append((stage, constants))
+    for row, constants in changes:
+        stage = report.ROWS[row][0] if row in report.ROWS else row
+        known = common.constants(vars(fresh(stage)))
+        assert {text[2:].partition("=")[0] for text in constants} <= set(known)
 
 
-def test_a_perfect_sam_answers_with_the_true_piece_of_most_points():
-    stage = vars(fresh("04_selftrain"))
-    report.with_oracle(stage, "true masks")
-    truth = torch.tensor([[[0, 0, 3, 0], [0, 0, 3, 0]]])                           # two pieces of class 0, one of class 3
-    mask = stage["sam_masks"](None, truth, torch.tensor([0]), torch.tensor([[[0., 0.], [1., 1.], [2., 0.]]]), (2, 4))
-    assert mask.tolist() == [[[True, True, False, False]] * 2]
+def test_results_of_rows_that_are_no_more_are_dropped_and_others_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results.json")
+    old = {"rows": {"purity": row_of(1.), "raw": row_of(2.), "sam": row_of(3., 4.)}, "models": {}}
+    (tmp_path / "results.json").write_text(json.dumps(old))
+    styles = {s: {"miou": 5., "iou": dict.fromkeys(common.CLASSES, 5.)} for s in report.STYLES}
+    rows.folder_of("sam", 1).mkdir(parents=True)
+    new = {"row": "sam", "seed": 1, "split": "test", "mean": 5., "styles": styles}
+    (rows.folder_of("sam", 1) / "test.json").write_text(json.dumps(new))
+    results = report.gather()
+    assert set(results["rows"]) == {"raw", "sam"}
+    assert [report.mean_of(results["rows"]["sam"], seed) for seed in "01"] == [3., 5.]
+    assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
-@pytest.mark.parametrize("oracle, masks", [("masks at 1/8", (8, 16)), ("Mask2Former's head", (16, 32))])
-def test_another_decoder_takes_the_place_of_ours_also_when_it_is_loaded(monkeypatch, oracle, masks):
-    monkeypatch.setattr(common, "Decoder", common.Decoder)                         # put back afterwards
-    report.with_oracle({}, oracle)
-    decoder = common.Decoder([3] * 4, 2, 64, 4, 3, 16, 2)
-    classes, logits = decoder([torch.zeros(2, 3, 64 // 4 // 2 ** i, 128 // 4 // 2 ** i) for i in range(4)])
-    assert classes.shape == (4, 2, 4, 3) and logits.shape == (4, 2, 4, *masks) and decoder.sizes["layers"] == 3
+# ------------------------------------------------------------------- oracles
+def test_the_control_keeps_raw_labels_where_sam_kept_one(selftrain):
+    redrawn = torch.tensor([[5, IGNORE], [IGNORE, 7]])
+    selftrain.refine = lambda sam, embedding, label, random: (redrawn, "points")
+    rows.with_oracle("raw where SAM kept", selftrain)
+    label, points = selftrain.refine(None, None, torch.tensor([[1, 2], [3, 4]]), None)
+    assert label.tolist() == [[1, IGNORE], [IGNORE, 4]] and points == "points"
+
+
+def test_a_perfect_sam_answers_with_the_true_piece_of_most_points(selftrain):
+    rows.with_oracle("true masks", selftrain)
+    truth = torch.tensor([[0, 0, 3, 0], [0, 0, 3, 0]])      # two pieces of class 0, one of class 3
+    points = torch.tensor([[[0., 0.], [1., 1.], [2., 0.]]])
+    masks = selftrain.sam_masks(None, truth, points, (2, 4))
+    assert masks.tolist() == [[[True, True, False, False]] * 2]
+
+
+@pytest.mark.parametrize("oracle", ["true labels", "true masks"])
+def test_the_truth_takes_the_place_of_embedding_and_label(selftrain, oracle, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "RENDERED", tmp_path)
+    label = np.zeros((128, 256), np.uint8)
+    label[:, 100:] = 3
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+        Image.fromarray(label).save(tmp_path / kind / "000000.png")
+    rows.with_oracle(oracle, selftrain)
+    files = [tmp_path / "images/000000.png"]
+    pictures = selftrain.PaintedPictures(files, selftrain.embed_pictures(None, files), 0, (128, 256))
+    *_, truth = pictures[0]
+    rough = torch.zeros(128, 256, dtype=torch.long)
+    refined, _ = selftrain.refine(None, truth, rough, np.random.default_rng(0))
+    # a teacher that sees class 0 everywhere prompts with one piece; true masks cut it to the truth
+    if oracle == "true labels":
+        assert np.array_equal(refined, label)
+    else:
+        assert set(refined.unique().tolist()) == {0, IGNORE}
+        assert np.array_equal(refined == 0, label == 3) or np.array_equal(refined == 0, label == 0)
+
+
+@pytest.mark.parametrize("oracle, masks", [("masks at 1/8", (8, 16)),
+                                           ("Mask2Former's head", (16, 32))])
+def test_another_decoder_takes_the_place_of_ours(selftrain, oracle, masks):
+    rows.with_oracle(oracle, selftrain)
+    decoder = selftrain.source_stage.Decoder([3] * 4, 2, 64, 4, 3, 16, 2)
+    maps = [torch.zeros(2, 3, 16 // 2 ** i, 32 // 2 ** i) for i in range(4)]
+    classes, logits = decoder(maps)
+    assert classes.shape == (4, 2, 4, 3) and logits.shape == (4, 2, 4, *masks)
+    again = selftrain.source_stage.Decoder(**decoder.sizes)             # as load_model builds it
+    again.load_state_dict(decoder.state_dict())
 
 
 def test_the_random_tower_is_clip_with_other_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    report.draw_random_tower()
-    ours, shipped = common.Encoder(f"local-dir:{tmp_path}/random_clip"), common.Encoder(f"local-dir:{report.HERE}/weights/clip")
-    pairs = list(zip(ours.parameters(), shipped.parameters(), strict=True))
-    assert all(a.shape == b.shape for a, b in pairs) and not any(torch.equal(a, b) for a, b in pairs if a.dim() == 4)
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    rows.draw_random_tower()
+    encoder = fresh("03_train_source").Encoder
+    ours = encoder(f"open_clip:local-dir:{tmp_path}/random_clip")
+    shipped = encoder(f"open_clip:local-dir:{rows.HERE}/weights/clip")
+    for a, b in zip(ours.parameters(), shipped.parameters(), strict=True):
+        assert a.shape == b.shape
+        assert a.dim() < 4 or not torch.equal(a, b)
 
 
-def test_a_row_of_stage_04_waits_for_its_source_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    with pytest.raises(SystemExit, match="seed3/source/model.safetensors: run its source row first"):
-        report.work([(("sam", 3), tmp_path / "seed3/sam", "test.json")])
+# ------------------------------------------------------------------- running
+def test_a_row_of_stage_04_waits_for_its_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    message = "seed3/source/model.safetensors: run its source row first"
+    with pytest.raises(common.Stop, match=message):
+        rows.work([rows.Job("sam", 3, rows.folder_of("sam", 3))])
 
 
-def test_a_figure_is_drawn_of_rows_that_have_all_seeds_only(tmp_path):
-    row = lambda *values: {str(seed): {s: {"miou": v, "iou": [v] * 12} for s in report.STYLES} for seed, v in enumerate(values)}
-    results = {"rows": {"source_only": row(30., 31., 32.), "sam": row(34., 35., 36.), "points_1": row(33., 33., 34.), "points_10": row(40.)}}
-    title, rows = report.FIGURES["figure6_points"]
-    assert report.figure(tmp_path / "f.png", results, title, rows)
-    blue = (np.asarray(world.Image.open(tmp_path / "f.png")) == (31, 119, 180)).all(-1)
-    assert blue[:, 60:80].any() and blue[:, 480:500].any() and not blue[:, :60].any()     # two points, the first and the last place
-    assert not report.figure(tmp_path / "g.png", {"rows": {"sam": row(34.)}}, title, rows) and not (tmp_path / "g.png").exists()
+def test_a_failed_row_names_its_log(tmp_path):
+    with pytest.raises(common.Stop, match=f"see {tmp_path}/bad.log"):
+        rows.work([rows.Job("source", 0, tmp_path / "bad", "test", ("--NOTHING=1",))])
+    assert "--NOTHING=1: expected" in (tmp_path / "bad.log").read_text()
 
 
-def test_every_row_of_every_table_can_be_run():
-    named = {*report.TABLE4, *report.TABLE5, *report.ORACLES, *report.UNLIKE, *report.MORE, *(row for _, rows in report.FIGURES.values() for row in rows.values()),
-             *(row for row, _ in (*report.TRIED.values(), *report.SIZES.values()))}
-    assert named <= set(report.ROWS)
+def test_a_row_is_trained_and_scored_once(tmp_path, data):
+    command = [sys.executable, ROOT / "tests/toy/rows.py", "source", "1", "", "test",
+               "--ITERATIONS=2", "--BATCH=2", "--POINTS=64"]
+    variables = environment(tmp_path, data, REPORT=str(tmp_path / "report"))
+    world.write_folder(data / "toy/game", "test", "game", 2)
+    first = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    kept = tmp_path / "report/seed1/source/test.json"
+    found, time = json.loads(kept.read_text()), kept.stat().st_mtime_ns
+    assert set(found["styles"]) == {"game", *report.STYLES} and found["seed"] == 1
+    mean = np.mean([found["styles"][style]["miou"] for style in report.STYLES])
+    assert found["mean"] == pytest.approx(mean, abs=.001)
+    again = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert "finished before" in again.stdout and kept.stat().st_mtime_ns == time
 
 
-def test_codes_that_tell_pieces_apart_cost_little_and_equal_codes_cost_two_for_the_others():
+def test_a_wrong_command_prints_the_help():
+    for arguments in ([], ["nothing"], ["run", "no_row"], ["write", "sam"]):
+        with pytest.raises(SystemExit, match="report.py all"):
+            report.main(*arguments)
+
+
+# ------------------------------------------------------------------- scores of the models
+def test_frechet_distance_of_a_shift_is_its_square():
+    cloud = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    shifted = cloud + torch.tensor([3., 0., 4.])
+    assert scores.frechet(cloud, cloud) == pytest.approx(0, abs=1e-4)
+    assert scores.frechet(cloud, shifted) == pytest.approx(25, abs=1e-3)
+
+
+def test_average_precision_by_hand():
+    there = np.array([True, False, True])
+    assert scores.average_precision(np.array([.9, .5, .1]), there) == pytest.approx((1 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize("place, style", [
+    ("the dark", "night"), ("a village in winter", "snow"), ("a town on a misty morning", "fog"),
+    ("a wet wide avenue on a rainy day", "rain"), ("a sunny town", "day")])
+def test_the_weather_that_a_prompt_asks_for(place, style):
+    assert scores.style_of(place) == style
+
+
+def test_a_perfect_sam_scores_one_on_every_piece(monkeypatch):
+    class Perfect:
+        transform = types.SimpleNamespace(apply_coords_torch=lambda points, shape: points)
+
+        def __init__(self, label):
+            self.label = label
+
+        def set_image(self, image):
+            pass
+
+        def predict_torch(self, points, positive):
+            x, y = points[:, 0].long().T
+            mask = self.label == self.label[y, x][:, None, None]
+            return mask[:, None].repeat(1, 3, 1, 1), torch.ones(len(points), 3), None
+
+    label = np.repeat([[0] * 4 + [1] * 4], 8, 0).astype(np.uint8)
+    monkeypatch.setattr(scores, "SamPredictor", lambda sam: Perfect(torch.from_numpy(label)))
+    random = np.random.default_rng(0)
+    classes, areas, _, ious = scores.sam_on_scene(None, None, label, random)
+    assert classes.tolist() == [0, 1] and areas.tolist() == [32, 32] and (ious == 1).all()
+
+
+# ------------------------------------------------------------------- pretraining
+def test_codes_that_keep_pieces_apart_cost_little_and_equal_codes_more():
     piece = np.repeat([[0] * 4 + [1] * 4], 8, 0)
     apart = torch.from_numpy(piece[None, None] * 10.).expand(1, 2, -1, -1)
     low = pretrain.same_piece(apart, [piece], np.random.default_rng(0))
     none = pretrain.same_piece(torch.zeros(1, 2, 8, 8), [piece], np.random.default_rng(0))
-    assert low == pytest.approx(np.log1p(np.exp(-2.)), abs=1e-3) and none == pytest.approx(np.log1p(np.exp(-2.)) + np.log1p(np.exp(2.)), abs=1e-4)
+    assert low == pytest.approx(np.log1p(np.exp(-2.)), abs=1e-3)
+    assert none == pytest.approx(np.log1p(np.exp(-2.)) + np.log1p(np.exp(2.)), abs=1e-4)
+
+
+def test_a_mask_that_is_right_costs_sam_less_than_one_that_is_wrong():
+    truth = torch.zeros(1, 8, 8)
+    truth[:, :, :4] = 1
+    right = 10 * (2 * truth[:, None] - 1).expand(1, 3, 8, 8)
+    loss, numbers = pretrain.mask_losses(right, torch.ones(1, 3), truth, 4, True)
+    assert loss < .01 and numbers["iou"] == numbers["iou_best"] == 1 and numbers["rated"] == 0
+    wrong, numbers = pretrain.mask_losses(-right, torch.ones(1, 3), truth, 4, True)
+    assert wrong > 10 and numbers["iou"] == 0 and numbers["rated"] == 1
+
+
+def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "CACHE", tmp_path)
+    clock = iter(range(10 ** 6))
+    monkeypatch.setattr(pretrain.time, "time", lambda: next(clock))        # a second per call
+
+    def trained(name, *minutes):
+        for until in minutes:
+            torch.manual_seed(0)
+            model = torch.nn.Linear(2, 1)
+            monkeypatch.setattr(pretrain.math, "cos", lambda x: 1.)        # rates of one schedule
+            def loss_of(step):
+                return model(torch.ones(1, 2)).pow(2).sum() + torch.randn(()), {}
+            pretrain.train(name, {"model": model}, loss_of, until, .1, ema=.9, every=1)
+        return model.weight
+    assert torch.equal(trained("once", 1), trained("twice", .5, 1))

@@ -1,689 +1,513 @@
 """
-report: the paper's tables in miniature, with seeds and intervals. Trains every row, scores it, writes tests/toy/README.md.
+report: the paper's tables and figures in miniature. Trains every row, scores it, writes the report.
 
-    python tests/toy/report.py run                        the rows of Tables 4 and 5, all seeds, two at a time, one core each; goes on where it was stopped
-    python tests/toy/report.py ablations                  the rows of Figures 5 and 6 and beyond, seeds 0, 1, 2
-    python tests/toy/report.py run raw,sam 0,1            some rows of some seeds
-    python tests/toy/report.py tried                      single changes of the settings, seed 0, on validation scenes
-    python tests/toy/report.py sizes                      the decoder in other sizes, seed 0, on validation scenes
-    python tests/toy/report.py seconds                    what a training step of each size takes: run it on an idle machine
-    python tests/toy/report.py models                     scores of the miniature foundation models
-    python tests/toy/report.py pictures                   the paper's Figures 2, 3 and 4 from seed 0 -> tests/toy/pictures
-    python tests/toy/report.py write                      runs/report -> results.json, and with report.md -> README.md
+    python tests/toy/report.py all          everything below, in this order
+    python tests/toy/report.py run          rows of Tables 4 and 5 and of the oracles, all seeds
+    python tests/toy/report.py ablations    rows of Figures 5 and 6 and beyond, seeds 0, 1, 2
+    python tests/toy/report.py tried        other settings: seed 0, validation scenes
+    python tests/toy/report.py sizes        the decoder in other sizes: seed 0, validation scenes
+    python tests/toy/report.py seconds      what a step of each size takes: on an idle machine
+    python tests/toy/report.py models       scores of the miniature foundation models
+    python tests/toy/report.py pictures     Figures 2, 3 and 4, from seed 0
+    python tests/toy/report.py write        runs/report -> results.json, figures, README.md
 
-Rows lie in runs/report/seedS/ROW. A row is stage 03 or 04 with the toy preset's constants except those that ROWS names, so a row is also
-a command line. Rows with an oracle replace one part of stage 04 by the truth, which only the miniature world knows.
-results.json holds scores of the test split, except `tried` and `sizes`, which are of the validation split.
+`run raw,sam 0,1` trains some rows of some seeds only. Constants behind a command (--ITERATIONS=4)
+hold for all its rows. Rows lie in runs/report/seedS/ROW, two are trained at a time, on one core
+each, and a command that was stopped goes on where it was. What each row is, says rows.py.
+
+results.json holds scores of the test split, except `tried` and `sizes`, which are of the validation
+split; what is in it and not in runs/report is kept. README.md is report.md with the tables in it.
 """
-import importlib
 import json
-import os
-import subprocess
+import re
+import signal
 import sys
 import time
-from pathlib import Path
+from functools import partial
+from importlib import import_module
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import common
 import world
-from common import IGNORE
+from matplotlib.figure import Figure
 
-HERE = Path(__file__).resolve().parent
-ROOT = Path("runs/report")
+import rows                             # puts the top of the repo on the path
+import common
+from rows import HERE, ROWS, STYLES, Job, write_json
+from scores import LABELS, SCORES
+
 RESULTS = HERE / "results.json"
-STYLES = ("day", "night", "snow", "fog", "rain")
-RENDERED = Path(common.DATA) / "toy/rendered"          # scenes of the unseen styles straight from the renderer: a perfect generator
-SEEDS = (0, 1, 2, 3, 4)
-PAINTED = f"--GENERATED={ROOT}/02_generate/index.jsonl"
-#        row                   stage              constants                                                     oracle
-ROWS = {"source":             ("03_train_source", (),                                                           None),
-        "source_only":        ("04_selftrain",    ("--N_GENERATED=0",),                                         None),
-        "raw":                ("04_selftrain",    (PAINTED, "--REFINE=off"),                                    None),
-        "control":            ("04_selftrain",    (PAINTED,),                                                   "raw where SAM kept"),
-        "sam":                ("04_selftrain",    (PAINTED,),                                                   None),
-        "vote":               ("04_selftrain",    (PAINTED, "--REFINE=vote"),                                   None),
-        "rendered_raw":       ("04_selftrain",    (f"--GENERATED={RENDERED}/images/index.jsonl", "--REFINE=off"), None),
-        "rendered_sam":       ("04_selftrain",    (f"--GENERATED={RENDERED}/images/index.jsonl",),              None),
-        "rendered_masks":     ("04_selftrain",    (f"--GENERATED={RENDERED}/images/index.jsonl",),              "true masks"),
-        "rendered_truth":     ("04_selftrain",    (f"--GENERATED={RENDERED}/images/index.jsonl",),              "true labels"),
-        "source_random":      ("03_train_source", (f"--ENCODER=local-dir:{ROOT}/random_clip",),                 None),
-        "source_stride_8":    ("03_train_source", (),                                                           "masks at 1/8"),
-        "source_mask2former": ("03_train_source", (),                                                           "Mask2Former's head"),
-        "trainable":          ("03_train_source", ("--FREEZE_ENCODER=False",),                                  None),
-        "trainable_sam":      ("04_selftrain",    (PAINTED, "--FREEZE_ENCODER=False"),                          None),
-        **{f"images_{n}":     ("04_selftrain",    (f"--GENERATED={ROOT}/02_generate/first_{n}.jsonl",),         None) for n in (20, 100)},             # Figure 5; "sam" has 200
-        "images_400":         ("04_selftrain",    (f"--GENERATED={ROOT}/02_400/index.jsonl",),                  None),
-        **{f"points_{n}":     ("04_selftrain",    (PAINTED, f"--SAM_POINTS={n}"),                               None) for n in (1, 10, 50)},           # Figure 6; "sam" has 5
-        **{f"area_{n}":       ("04_selftrain",    (PAINTED, f"--SAM_MIN_AREA={n}"),                             None) for n in (0, 280, 560)},         # Figure 6; "sam" has 100
-        "purity":             ("04_selftrain",    (PAINTED, "--REFINE=purity"),                                 None),
-        "negative":           ("04_selftrain",    (PAINTED, "--UNLABELLED=negative"),                           None),
-        "ema_100":            ("04_selftrain",    (PAINTED, "--EMA_EVERY=100"),                                 None),
-        "rare":               ("04_selftrain",    (PAINTED, "--RARE=0.1"),                                      None),
-        "one_prompt":         ("04_selftrain",    (f"--GENERATED={ROOT}/02_one_prompt/index.jsonl",),           None)}
-MORE = ("images_20", "images_100", "images_400", "points_1", "points_10", "points_50", "area_0", "area_280", "area_560", "purity", "negative", "ema_100", "rare", "one_prompt")
-#        what was tried                                row            constants
-TRIED = {"as shipped":                                ("sam",         ()),
-         "source only, as many steps":                ("source_only", ()),
-         "raw labels":                                ("raw",         ()),
-         "pieces from 40 px":                         ("sam",         ("--SAM_MIN_AREA=40",)),
-         "pieces from 280 px (0.85 %, as the paper)": ("sam",         ("--SAM_MIN_AREA=280",)),
-         "8 painted scenes a step":                   ("sam",         ("--N_GENERATED=8",)),
-         "learning rate 1e-3":                        ("sam",         ("--LR=0.001",)),
-         "EMA 0.99":                                  ("sam",         ("--EMA=0.99",)),
-         "10 points":                                 ("sam",         ("--SAM_POINTS=10",)),
-         "majority vote":                             ("vote",        ()),
-         "purity":                                    ("sam",         ("--REFINE=purity",)),
-         "unlabelled = negative (official)":          ("sam",         ("--UNLABELLED=negative",))}
-#        the decoder's size                           row                constants: 24 queries, 3 layers, 3 pixel layers, width 64 unless said
-SIZES = {"as shipped":                                ("source",          ()),
-         "no pixel layers: a plain FPN":              ("source",          ("--PIXEL_LAYERS=0",)),
-         "6 pixel layers":                            ("source",          ("--PIXEL_LAYERS=6",)),
-         "1 layer":                                   ("source",          ("--LAYERS=1",)),
-         "6 layers":                                  ("source",          ("--LAYERS=6",)),
-         "12 queries":                                ("source",          ("--QUERIES=12",)),
-         "48 queries":                                ("source",          ("--QUERIES=48",)),
-         "width 32":                                  ("source",          ("--DIM=32", "--HIDDEN=64")),
-         "width 128":                                 ("source",          ("--DIM=128", "--HIDDEN=256")),
-         "masks at 1/8":                              ("source_stride_8", ()),
-         "Mask2Former's head (transformers)":         ("source_mask2former", ("--PIXEL_LAYERS=6",)),
-         "the same, for as long as ours took":        ("source_mask2former", ("--PIXEL_LAYERS=6", "--ITERATIONS=160"))}
+PICTURES = HERE / "pictures"
+SEEDS, FEW_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
+
+# ------------------------------------------------------------------- tables: row and its title
+TABLE4 = {
+    "source_only": "source only, as many steps",
+    "raw": "+ painted scenes, the teacher's raw labels",
+    "control": "+ the same, but raw labels only where SAM kept a label",
+    "sam": "+ painted scenes, SAM (the paper's rule)",
+    "vote": "+ painted scenes, SAM, majority vote"}
+ORACLES = {
+    "source_only": "source only, as many steps",
+    "sam": "+ painted scenes, SAM",
+    "rendered_raw": "rendered scenes (a perfect generator), raw labels",
+    "rendered_sam": "rendered scenes, SAM",
+    "rendered_masks": "rendered scenes, true masks (a perfect SAM)",
+    "rendered_truth": "rendered scenes, true labels (a perfect teacher)"}
+TABLE5 = {
+    "source": "source, frozen CLIP",
+    "source_random": "source, a frozen tower of random weights",
+    "trainable": "source, CLIP trained along at a tenth of the rate",
+    "sam": "self-trained, frozen CLIP",
+    "trainable_sam": "self-trained, CLIP trained along"}
+ABLATIONS = {
+    "sam": "as shipped",
+    "vote": "a mask takes the teacher's majority",
+    "negative": "unlabelled pixels are background, as officially",
+    "ema_100": "the teacher moves at every hundredth step, as officially",
+    "one_prompt": "200 pictures of one prompt",
+    "images_20": "20 painted pictures, not 200",
+    "images_100": "100 pictures",
+    "images_400": "400 pictures",
+    "points_1": "1 point per piece, not 5",
+    "points_10": "10 points",
+    "points_50": "50 points",
+    "area_0": "every piece, not from 100 px on",
+    "area_280": "pieces from 280 px on (0.85 % of the picture, as the paper)",
+    "area_560": "pieces from 560 px on",
+    "source_only": "no painted scenes"}
+#                  title of the axis, {value: row}
+FIGURES = {
+    "figure5":        ("painted pictures (their share of a batch stays a third)",
+                       {20: "images_20", 100: "images_100", 200: "sam", 400: "images_400"}),
+    "figure6_points": ("points per piece",
+                       {1: "points_1", 5: "sam", 10: "points_10", 50: "points_50"}),
+    "figure6_area":   ("smallest piece, pixels (0.85 % of the picture is 280)",
+                       {0: "area_0", 100: "sam", 280: "area_280", 560: "area_560"})}
+
+# ------------------------------------------------------------------- single changes, seed 0
+#    what was changed                           row            constants
+TRIED = {
+    "as shipped":                               ("sam",         ()),
+    "source only, as many steps":               ("source_only", ()),
+    "raw labels":                               ("raw",         ()),
+    "pieces from 40 px":                        ("sam",         ("--SAM_MIN_AREA=40",)),
+    "pieces from 280 px (0.85 %, as the paper)": ("sam",        ("--SAM_MIN_AREA=280",)),
+    "8 painted scenes per step":                ("sam",         ("--N_GENERATED=8",)),
+    "learning rate 1e-3":                       ("sam",         ("--LR=0.001",)),
+    "EMA 0.99":                                 ("sam",         ("--EMA=0.99",)),
+    "10 points":                                ("sam",         ("--SAM_POINTS=10",)),
+    "majority vote":                            ("vote",        ()),
+    "unlabelled = negative (official)":         ("sam",         ("--UNLABELLED=negative",))}
+#    the decoder (24 queries, 3 layers, 3 pixel layers, width 64)     constants
+SIZES = {
+    "as shipped":                        ("source",             ()),
+    "no pixel layers: a plain FPN":      ("source",             ("--PIXEL_LAYERS=0",)),
+    "6 pixel layers":                    ("source",             ("--PIXEL_LAYERS=6",)),
+    "1 layer":                           ("source",             ("--LAYERS=1",)),
+    "6 layers":                          ("source",             ("--LAYERS=6",)),
+    "12 queries":                        ("source",             ("--QUERIES=12",)),
+    "48 queries":                        ("source",             ("--QUERIES=48",)),
+    "width 32":                          ("source",             ("--DIM=32", "--HIDDEN=64")),
+    "width 128":                         ("source",             ("--DIM=128", "--HIDDEN=256")),
+    "masks at 1/8":                      ("source_stride_8",    ()),
+    "Mask2Former's head (transformers)": ("source_mask2former", ("--PIXEL_LAYERS=6",)),
+    "the same, for as long as ours took": ("source_mask2former",
+                                           ("--PIXEL_LAYERS=6", "--ITERATIONS=160"))}
 
 
-#        a pseudo-label                              REFINE     oracle
-LABELS = {"the teacher's, raw":                       ("",        None),
-          "raw, where SAM kept a label":              ("points",  "raw where SAM kept"),
-          "redrawn by SAM":                           ("points",  None),
-          "SAM, majority vote":                       ("vote",    None),
-          "SAM, impure masks dropped":                ("purity",  None),
-          "redrawn with true masks":                  ("points",  "true masks")}
+# ------------------------------------------------------------------- running
+def run(names, seeds, constants):
+    rows.prepare()
+    jobs = []
+    for seed in seeds:
+        for name in names:
+            jobs.append(Job(name, seed, rows.folder_of(name, seed), constants=constants))
+    rows.work(jobs)
 
 
-# ----------------------------------------------------------------------------- one row
-def draw_rendered(n=40):
-    """n web scenes of each unseen style as 02 would have left them, with their labels beside them."""
-    if not RENDERED.exists():
-        jobs = [(seed, style) for style in STYLES for seed in world.seeds("web", style, n)]
-        images, labels, _, captions = world.draw_many(jobs)
-        part = RENDERED.with_name("rendered.part")
-        for kind, arrays in (("images", images), ("labels", labels)):
-            (part / kind).mkdir(parents=True, exist_ok=True)
-            for i, array in enumerate(arrays):
-                world.Image.fromarray(array).save(part / kind / f"{i:06d}.png")
-        (part / "images/index.jsonl").write_text("".join(json.dumps({"file": f"{i:06d}.png", "prompt": c, "seed": s}) + "\n" for i, (c, (s, _)) in enumerate(zip(captions, jobs))))
-        part.rename(RENDERED)
+def run_ablations(constants):
+    rows.prepare_ablations()
+    run([name for name in ABLATIONS if name not in TABLE4], FEW_SEEDS, constants)
 
 
-def draw_random_tower():
-    """The miniature CLIP as it was before it saw anything, as a folder."""
-    folder = ROOT / "random_clip"
-    if not folder.exists():
-        import shutil
-        import open_clip
-        from safetensors.torch import save_file
-        part = folder.with_name("random_clip.part")
-        shutil.copytree(HERE / "weights/clip", part, dirs_exist_ok=True)
-        torch.manual_seed(0)
-        save_file({k: v.contiguous() for k, v in open_clip.CLIP(**json.loads((part / "open_clip_config.json").read_text())["model_cfg"]).state_dict().items()}, part / "open_clip_model.safetensors")
-        part.rename(folder)
+def folder_of_change(name, title):
+    letters = [letter if letter.isalnum() else "_" for letter in title]
+    return rows.ROOT / name / "".join(letters)
 
 
-def with_oracle(stage, oracle):
-    """Replace a part of stage 04 by the truth, or by what a control needs; or the decoder's mask features by coarser ones."""
-    if oracle == "masks at 1/8":
-        class Coarse(common.Decoder):
-            def pixels(self, features):
-                levels, _ = super().pixels(features)
-                return levels, self.mask_features(levels[2])
-        common.Decoder = Coarse
-        return
-    if oracle == "Mask2Former's head":
-        sys.path.append(str(HERE.parent))
-        common.Decoder = importlib.import_module("bench").Mask2FormerHead
-        return
-    if oracle == "raw where SAM kept":
-        redraw = stage["refine"]
-
-        def refine(sam, embeddings, labels, random):
-            redrawn, prompts = redraw(sam, embeddings, labels, random)
-            return torch.where(redrawn == IGNORE, IGNORE, torch.from_numpy(labels.astype(np.int64)).to(redrawn.device)), prompts
-        stage["refine"] = refine
-        return
-    truth_of = lambda name: common.read_label(RENDERED / "labels" / name, "folder", world.Image.open(RENDERED / "labels" / name).size)
-    stage["Embeddings"] = lambda *_: lambda name, image: torch.from_numpy(truth_of(name).astype(np.int64))       # in the place of an embedding: the true label
-    if oracle == "true labels":
-        stage["refine"] = lambda sam, truth, labels, random: (truth.clone(), [])
-        return
-
-    def sam_masks(sam, truth, which, points, shape):
-        """What a perfect SAM would say: the true piece in which most of the points lie."""
-        pieces = [torch.from_numpy(stage["components"](t.numpy().astype(np.uint8))[0].astype(np.int64)) for t in truth]
-        at = points.long()
-        return torch.stack([pieces[i] == pieces[i][p[:, 1], p[:, 0]].mode().values for i, p in zip(which.tolist(), at)])
-    stage["sam_masks"] = sam_masks
+def run_changes(name, changes, constants):
+    """name: "tried" or "sizes"; changes: TRIED or SIZES"""
+    rows.prepare()
+    jobs = []
+    for title, (row, own) in changes.items():
+        out = folder_of_change(name, title)
+        jobs.append(Job(row, 0, out, "validation", own + constants))
+    rows.work(jobs)
 
 
-def source_of(row, seed):
-    """The checkpoint that a row of stage 04 begins at."""
-    return ROOT / f"seed{seed}/{'trainable' if 'trainable' in row else 'source'}/model.safetensors"
+def decoder_of(stage, encoder, row, constants):
+    """A new decoder of one of SIZES."""
+    size = {name: getattr(stage, name) for name in ("DIM", "QUERIES", "LAYERS", "HIDDEN",
+                                                    "PIXEL_LAYERS")}
+    for constant in constants:
+        name, _, value = constant.removeprefix("--").partition("=")
+        if name in size:
+            size[name] = int(value)
+    torch.manual_seed(0)
+    kind = rows.decoder_with(ROWS[row][2], stage.Decoder)
+    return kind(encoder.channels, len(common.CLASSES), *size.values())
 
 
-def slug(title):
-    return "".join(c if c.isalnum() else "_" for c in title)
-
-
-def one(row, seed, out=None, extra=(), split="test"):
-    """Train a row and score it -> its checkpoint's scores, kept beside it."""
-    name, arguments, oracle = ROWS[row]
-    out = Path(out or ROOT / f"seed{seed}" / row)
-    stage = vars(importlib.import_module(name))
-    if name == "04_selftrain":
-        arguments += (f"--INIT={source_of(row, seed)}",)
-    sys.argv = [f"{name}.py", f"--OUT={out}", f"--SEED={seed}", *arguments, *extra]
-    if oracle:
-        with_oracle(stage, oracle)
-    common.launch(stage)
-    kept = out / f"{split}.json"
-    if not kept.exists():
-        evaluate, device = importlib.import_module("05_eval"), common.device()
-        evaluate.PANELS = 0
-        encoder, decoder, _ = common.load_model(out / "model.safetensors")
-        scores = {}
-        for style in (("game", *STYLES) if name == "03_train_source" else STYLES):
-            target = f"folder:{common.DATA}/toy/{style}{'_validation' if split == 'validation' else ''}"
-            matrix, _ = evaluate.score(encoder.to(device), decoder.to(device), target, common.pairs(target, "val"), device)
-            miou, each = evaluate.mean_iou(matrix)
-            scores[style] = {"miou": round(miou, 3), "iou": each}
-        common.write_json(kept, {"row": row, "seed": seed, "split": split, "mean": round(float(np.mean([scores[s]["miou"] for s in STYLES])), 3), "styles": scores})
-    found = json.loads(kept.read_text())
-    print(row, seed, split, found["mean"], {s: round(v["miou"], 1) for s, v in found["styles"].items()}, flush=True)
-    return found
-
-
-def prepare():
-    """Paint once for all seeds: 01 and 02 as the toy preset has them."""
-    draw_rendered()
-    draw_random_tower()
-    call("01_prompts", f"--OUT={ROOT}/01_prompts")
-    call("02_generate", f"--PROMPTS={ROOT}/01_prompts/prompts.txt", f"--OUT={ROOT}/02_generate")
-
-
-def call(stage, *arguments):
-    subprocess.run([sys.executable, f"{stage}.py", *arguments], check=True)
-
-
-def ablations(at_once=2):
-    """Lists of the first pictures, twice as many pictures, pictures of one prompt; then the rows of MORE."""
-    prepare()
-    lines = (ROOT / "02_generate/index.jsonl").read_text().splitlines(keepends=True)
-    for n in (20, 100):
-        with common.whole(ROOT / f"02_generate/first_{n}.jsonl") as part:
-            part.write_text("".join(lines[:n]))
-    (ROOT / "one_prompt.txt").write_text("a photo of a street in a town\n")
-    call("02_generate", f"--PROMPTS={ROOT}/01_prompts/prompts.txt", "--N_IMAGES=400", f"--OUT={ROOT}/02_400")
-    call("02_generate", f"--PROMPTS={ROOT}/one_prompt.txt", f"--OUT={ROOT}/02_one_prompt")
-    work([((row, seed), ROOT / f"seed{seed}/{row}", "test.json") for seed in (0, 1, 2) for row in MORE], at_once)
-
-
-def work(jobs, at_once=2):
-    """Run jobs [(arguments of `one`, folder, result file)] at a time on one core each; a job of stage 04 waits for its source model."""
-    waiting, going = [job for job in jobs if not (job[1] / job[2]).exists()], []
-    while waiting or going:
-        for job in waiting[:]:
-            (row, seed, *_), folder, _ = job
-            ready = ROWS[row][0] == "03_train_source" or source_of(row, seed).exists()
-            if len(going) < at_once and ready:
-                log = folder.with_suffix(".log")
-                log.parent.mkdir(parents=True, exist_ok=True)
-                going.append((subprocess.Popen([sys.executable, __file__, "one", *map(str, job[0])], stdout=open(log, "a"), stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}), log, time.time()))
-                waiting.remove(job)
-        if waiting and not going:
-            raise SystemExit(f"{waiting[0][0]} needs {source_of(*waiting[0][0][:2])}: run its source row first")
-        time.sleep(1)
-        for entry in [e for e in going if e[0].poll() is not None]:
-            going.remove(entry)
-            process, log, since = entry
-            print(f"{(time.time() - since) / 60:.1f} min", log.read_text().strip().splitlines()[-1], flush=True)
-            if process.returncode:
-                raise SystemExit(f"a row failed, see {log}")
-
-
-def run(rows, seeds, at_once=2):
-    """Every row of every seed, scored on test scenes."""
-    prepare()
-    work([((row, seed), ROOT / f"seed{seed}/{row}", "test.json") for seed in seeds for row in rows], at_once)
-
-
-def single(name, changes, at_once=2):
-    """Single changes {title: (row, constants)}, seed 0, scored on validation scenes."""
-    prepare()
-    folder_of = lambda title: ROOT / name / slug(title)
-    work([((row, 0, folder_of(title), "validation", *constants), folder_of(title), "validation.json") for title, (row, constants) in changes.items()], at_once)
-
-
-def seconds():
-    """Forward and backward of decoder and loss on the encoder's maps of 16 source images, each size in turn, the median of 15 -> runs/report/seconds.json"""
-    stage, found = importlib.import_module("03_train_source"), {}
-    common.steady_cpu()
+def time_sizes(rounds=17):
+    """Forward and backward of decoder and loss on the encoder's maps of 16 source images, on one
+    thread: the median of all rounds but two. One of each size in turn, so that a busy moment hits
+    them all."""
+    stage = import_module(rows.SOURCE)
+    common.device()
     torch.set_num_threads(1)
-    encoder = common.Encoder(stage.ENCODER, True)
-    images, labels = common.source_batch(common.pairs(stage.SOURCE, "train"), stage.SOURCE, 0, stage.BATCH, 0, stage.CROP, stage.SCALE, encoder.fill)
-    features, plain, decoders = encoder(images), common.Decoder, {}
+    encoder = stage.Encoder(stage.ENCODER)
+    crops = stage.SourceCrops(stage.SOURCE, 0, stage.CROP, stage.SCALE, encoder.fill)
+    images, labels = next(iter(stage.batches(crops, 16, 0, 1, 0)))
+    features = encoder(images)
+    decoders, times, found = {}, {}, {}
     for title, (row, constants) in SIZES.items():
-        size = {k: getattr(stage, k) for k in ("DIM", "QUERIES", "LAYERS", "HIDDEN", "PIXEL_LAYERS")} | {k: int(v) for k, v in (c.removeprefix("--").split("=") for c in constants) if k != "ITERATIONS"}
-        if ROWS[row][2]:
-            with_oracle(vars(stage), ROWS[row][2])
-        torch.manual_seed(0)
-        decoders[title] = common.Decoder(encoder.channels, len(common.CLASSES), *(size[k] for k in ("DIM", "QUERIES", "LAYERS", "HIDDEN", "PIXEL_LAYERS")))
-        common.Decoder = plain
-    times = {title: [] for title in SIZES}
-    for i in range(17):
-        for title, decoder in decoders.items():                         # one of each in turn: a busy moment hits them all
+        decoders[title] = decoder_of(stage, encoder, row, constants)
+        times[title] = []
+    for i in range(rounds):
+        for title, decoder in decoders.items():
+            torch.manual_seed(i)
             since = time.perf_counter()
-            loss, _ = common.mask_loss(*decoder(features), labels, stage.POINTS, common.seeded(0, i, 5))
+            loss, _ = stage.mask_loss(*decoder(features), labels, stage.POINTS,
+                                      stage.LOSS_WEIGHTS, stage.NO_OBJECT)
             loss.backward()
             times[title].append(time.perf_counter() - since)
-            decoder.zero_grad(set_to_none=True)
+            decoder.zero_grad()
     for title, decoder in decoders.items():
-        found[title] = {"seconds": round(float(np.median(times[title][2:])), 3), "parameters": sum(p.numel() for p in decoder.parameters())}
+        parameters = sum(p.numel() for p in decoder.parameters())
+        seconds = round(float(np.median(times[title][2:])), 3)
+        found[title] = {"seconds": seconds, "parameters": parameters}
         print(title, found[title])
-    common.write_json(ROOT / "seconds.json", found)
+    write_json(rows.ROOT / "seconds.json", found)
 
 
-# ----------------------------------------------------------------------------- the miniature foundation models
-def pictures(split, style, n):
-    return np.stack([world.draw(seed, style)[0] for seed in world.seeds(split, style)[:n]])
+def rounded(value):
+    """Floats to three digits, also within dicts."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return round(float(value), 3) if isinstance(value, float) else value
 
 
-def score_sam(n=20):
-    """Five points in every connected piece of a test scene: IoU of the mask that SAM itself rates highest, by size; rank correlation of its ratings with the truth."""
-    from scipy.stats import spearmanr
-    stage, random = importlib.import_module("04_selftrain"), np.random.default_rng(0)
-    sam, large, small, rated, true, by_class = stage.load_sam(stage.SAM), {s: [] for s in world.STYLES}, [], [], [], {c: [] for c in common.CLASSES}
-    for style in world.STYLES:
-        for seed in world.seeds("test", style, n):
-            image, label, *_ = world.draw(seed, style)
-            piece, cls, area = stage.components(label)
-            keep = np.flatnonzero((area >= 30) & (np.arange(len(area)) > 0))
-            with torch.no_grad():
-                logits, scores = stage.sam_decode(sam, stage.sam_encode(sam, torch.from_numpy(image.copy()).permute(2, 0, 1)), torch.zeros(len(keep), dtype=torch.int64),
-                                                  torch.from_numpy(stage.random_points(piece, area, keep, 5, random)))
-                masks = torch.nn.functional.interpolate(logits, label.shape, mode="bilinear", align_corners=False) > 0
-            truth = torch.from_numpy(piece == keep[:, None, None])[:, None]
-            iou = ((masks & truth).sum((2, 3)) / (masks | truth).sum((2, 3))).numpy()
-            best = iou[np.arange(len(keep)), scores.argmax(1).numpy()]
-            for k, value in zip(keep, best):
-                large[style].append(value) if area[k] >= 100 else small.append(value)
-                if area[k] >= 100:
-                    by_class[common.CLASSES[cls[k]]].append(value)
-            rated += scores.flatten().tolist()
-            true += iou.ravel().tolist()
-    return {"iou_100_px_and_more": float(np.mean(sum(large.values(), []))), "iou_under_100_px": float(np.mean(small)), "pieces": sum(map(len, large.values())), "rank_correlation": float(spearmanr(rated, true)[0]),
-            "by_style": {s: float(np.mean(v)) for s, v in large.items()}, "by_class": {c: float(np.mean(v)) for c, v in by_class.items()}}
-
-
-class Clip:
-    """The miniature CLIP, whole: codes of pictures and words."""
-
-    def __init__(self):
-        import open_clip
-        folder = HERE / "weights/clip"
-        self.model, self.words = open_clip.create_model(f"local-dir:{folder}").eval(), open_clip.get_tokenizer(f"local-dir:{folder}")
-        self.mean, self.std = (torch.tensor(self.model.visual.preprocess_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
-
-    @torch.no_grad()
-    def images(self, images):
-        """uint8 (N, 128, 256, 3) -> the mean code of the left and the right half (N, 64)"""
-        x = (torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-        return torch.cat([sum(torch.nn.functional.normalize(self.model.encode_image(half), dim=-1) for half in (part[..., :128], part[..., 128:])) / 2 for part in x.split(50)])
-
-    @torch.no_grad()
-    def texts(self, texts):
-        return torch.nn.functional.normalize(self.model.encode_text(self.words(texts)), dim=-1)
-
-
-PLACES = dict(game="daylight", day="daylight", night="the dark", snow="the snow", fog="the fog", rain="the rain")
-
-
-@torch.no_grad()
-def score_labels():
-    """What the student would be taught of the rendered scenes, whose truth is known: share of pixels with a label, of those the share that is right, and mIoU on them; theta_0 of seed 0."""
-    stage, evaluate, found = importlib.import_module("04_selftrain"), importlib.import_module("05_eval"), {}
-    sam, whole, (encoder, teacher, _) = stage.load_sam(stage.SAM), (stage.sam_masks, stage.refine, stage.REFINE), common.load_model(source_of("sam", 0))
-    scenes = []
-    for path in sorted((RENDERED / "images").glob("*.png")):
-        image, truth = stage.to_crop(path), np.array(world.Image.open(RENDERED / "labels" / path.name))
-        scenes.append((common.predict(encoder, teacher, image[None]).argmax(1).to(torch.uint8).numpy(), stage.sam_encode(sam, image), truth))
-    for kind, (rule, oracle) in LABELS.items():
-        stage.REFINE, found[kind] = rule, {}
-        if oracle:
-            with_oracle(vars(stage), oracle)
-        for style, part in zip(STYLES, np.array_split(np.arange(len(scenes)), len(STYLES))):
-            matrix = 0
-            for i in part:
-                rough, embedding, truth = scenes[i]
-                seen = torch.from_numpy(truth.astype(np.int64))[None] if oracle == "true masks" else embedding
-                label = stage.refine(sam, seen, rough, [common.randomness(0, i, 4)])[0].numpy()[0] if rule else rough[0]
-                matrix = matrix + evaluate.confusion(truth, label.astype(np.uint8), len(common.CLASSES))
-            found[kind][style] = {"labelled": matrix.sum() / len(part) / truth.size, "right": np.trace(matrix) / matrix.sum(), "miou": evaluate.mean_iou(matrix)[0]}
-        stage.sam_masks, stage.refine, stage.REFINE = whole
-    return found
-
-
-def score_clip(n=60):
-    """Zero-shot: the style by the nearest of six sentences; mean average precision of 'is this class in the picture', one sentence a class and weather."""
-    clip = Clip()
-    start = lambda style: "a video game picture" if style == "game" else "a photo"
-    sentences = clip.texts([f"{start(s)} of a street in {PLACES[s]}" for s in world.STYLES])
-    right, aps = {}, {c: [] for c in common.CLASSES}
-    for k, style in enumerate(world.STYLES):
-        drawn = [world.draw(seed, style) for seed in world.seeds("test", style)[:n]]
-        codes = clip.images(np.stack([d[0] for d in drawn]))
-        right[style] = float(((codes @ sentences.T).argmax(1) == k).float().mean())
-        scores = codes @ clip.texts([f"{start(style)} of {'the sky' if c == 'sky' else 'a traffic sign' if c == 'sign' else 'a tree' if c == 'vegetation' else 'a ' + c} in {PLACES[style]}" for c in common.CLASSES]).T
-        for c, name in enumerate(common.CLASSES):
-            there = np.array([(d[1] == c).sum() >= 60 for d in drawn])
-            if 0 < there.sum() < n:
-                ranked = there[np.argsort(-scores[:, c].numpy(), kind="stable")]
-                aps[name].append((float((np.cumsum(ranked)[ranked] / (np.flatnonzero(ranked) + 1)).mean()), float(there.mean())))
-    known = {c: np.mean(v, 0) for c, v in aps.items() if v}
-    return {"style": right, "style_mean": float(np.mean(list(right.values()))), "mAP": float(np.mean([v[0] for v in known.values()])), "mAP_of_chance": float(np.mean([v[1] for v in known.values()])),
-            "AP": {c: float(v[0]) for c, v in known.items()}}
-
-
-def frechet(a, b):
-    """Frechet distance of two clouds of codes (N, D), (M, D), as Gaussians."""
-    from scipy.linalg import sqrtm
-    a, b = a.double().numpy(), b.double().numpy()
-    cross = sqrtm(np.cov(a.T) @ np.cov(b.T))
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * np.real(cross)))
-
-
-def style_of(prompt):
-    """The weather that a prompt asks for."""
-    return next(s for s, words in (("night", ("dark", "night")), ("snow", ("snow", "winter")), ("fog", ("fog", "mist")), ("rain", ("rain", "wet")), ("day", ("",))) if any(w in prompt for w in words))
-
-
-def score_diffusion():
-    """Painted pictures of runs/report/02_generate against rendered ones: does the weather follow the prompt, how far are the codes, how sure is the teacher."""
-    rows = [json.loads(line) for line in (ROOT / "02_generate/index.jsonl").read_text().splitlines()]
-    painted = np.stack([np.asarray(common.read_image(ROOT / "02_generate" / row["file"])) for row in rows])
-    asked = np.array([STYLES.index(style_of(row["prompt"].split(" in ", 1)[1])) for row in rows])
-    clip, encoder = Clip(), common.load_model(ROOT / "seed0/source/model.safetensors")[0]
-
-    @torch.no_grad()
-    def features(images):                                                   # colour and texture at every scale: means of the encoder's maps
-        x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-        return torch.cat([torch.cat([f.mean((2, 3)) for f in encoder(part)], 1) for part in x.split(50)])
-    train = {s: pictures("web", s, 200) for s in STYLES}
-    held = {s: pictures("test", s, 60) for s in STYLES}
-    x, y = features(np.concatenate(list(train.values()))), torch.arange(5).repeat_interleave(200)
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(x.shape[1], 5)
-    optimizer = torch.optim.AdamW(layer.parameters(), 1e-2, weight_decay=.1)
-    for _ in range(200):
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(layer((x - mean) / std), y).backward()
-        optimizer.step()
-    with torch.no_grad():
-        guess = lambda images: layer((features(images) - mean) / std).argmax(1).numpy()
-        held_out = float(np.mean(guess(np.concatenate(list(held.values()))) == np.arange(5).repeat(60)))
-        follows = guess(painted) == asked
-    found = {"classifier_on_held_out_scenes": held_out, "follows_the_prompt": float(follows.mean()), "by_style": {}}
-    noise = np.random.default_rng(0).integers(0, 256, (60, 128, 256, 3), dtype=np.uint8)
-    decoder = common.load_model(ROOT / "seed0/source/model.safetensors")[1]
-
-    @torch.no_grad()
-    def sure(images):
-        return float(torch.cat([common.predict(encoder, decoder, part).amax(1).mean((1, 2)) for part in torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).split(20)]).mean())
-    for k, style in enumerate(STYLES):
-        own, n = painted[asked == k], min(60, int((asked == k).sum()))
-        codes = clip.images(held[style][:n])
-        found["by_style"][style] = {"n": n, "follows": float(follows[asked == k].mean()), "frechet": frechet(clip.images(own[:n]), codes), "frechet_real_to_real": frechet(clip.images(train[style][:n]), codes),
-                                    "frechet_noise": frechet(clip.images(noise[:n]), codes), "sure_painted": sure(own), "sure_rendered": sure(held[style])}
-    return found
-
-
-def score_llm():
-    """What 01 kept and dropped."""
-    info = json.loads((ROOT / "01_prompts/run.json").read_text())
-    lines = info["kept"] + sum(info["dropped"].values())
-    unparsed = sum(n for why, n in info["dropped"].items() if why not in ("repeated", "enough of these", "cut off"))
-    return {"kept": info["kept"], "lines": lines, "parse": 1 - unparsed / lines, "dropped": info["dropped"], "named": info["named"]}
-
-
-def models():
-    rounded = lambda x: {k: rounded(v) for k, v in x.items()} if isinstance(x, dict) else round(x, 3) if isinstance(x, float) else x
-    (ROOT / "models").mkdir(parents=True, exist_ok=True)
-    for name, score in (("sam", score_sam), ("labels", score_labels), ("clip", score_clip), ("diffusion", score_diffusion), ("llm", score_llm)):
+def score_models():
+    (rows.ROOT / "models").mkdir(parents=True, exist_ok=True)
+    for name, score in SCORES.items():
         found = rounded(score())
-        common.write_json(ROOT / f"models/{name}.json", found)
+        write_json(rows.ROOT / f"models/{name}.json", found)
         print(name, found, flush=True)
 
 
-# ----------------------------------------------------------------------------- the report
+# ------------------------------------------------------------------- results.json
 def gather():
-    """runs/report -> results.json: {"rows": {row: {seed: scores}}, "models": {...}}. What lies in results.json and not in runs/ is kept."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}, "models": {}}
-    for path in sorted(ROOT.glob("seed*/*/test.json")):
+    """runs/report -> results.json: {"rows": {row: {seed: {style: {"miou", "iou"}}}}, "models",
+    "tried", "sizes"}. Rows in it that are not in runs/report stay, unless there is no such row any
+    more."""
+    results = {"rows": {}, "models": {}, "tried": {}, "sizes": {}}
+    if RESULTS.exists():
+        results |= json.loads(RESULTS.read_text())
+    for kind, known in (("rows", ROWS), ("models", SCORES), ("tried", TRIED), ("sizes", SIZES)):
+        results[kind] = {name: row for name, row in results[kind].items() if name in known}
+    for path in sorted(rows.ROOT.glob("seed*/*/test.json")):
         found = json.loads(path.read_text())
-        results["rows"].setdefault(found["row"], {})[str(found["seed"])] = {s: {"miou": v["miou"], "iou": [v["iou"][c] for c in common.CLASSES]} for s, v in found["styles"].items()}
+        row = results["rows"].setdefault(found["row"], {})
+        row[str(found["seed"])] = {}
+        for style, scores in found["styles"].items():
+            each = [scores["iou"][name] for name in common.CLASSES]
+            row[str(found["seed"])][style] = {"miou": scores["miou"], "iou": each}
     for name, changes in (("tried", TRIED), ("sizes", SIZES)):
         for title in changes:
-            path = ROOT / name / slug(title) / "validation.json"
+            path = folder_of_change(name, title) / "validation.json"
             if path.exists():
                 found = json.loads(path.read_text())
-                results.setdefault(name, {}).setdefault(title, {}).update({"mean": found["mean"], **({"game": found["styles"]["game"]["miou"]} if "game" in found["styles"] else {})})
-    if (ROOT / "seconds.json").exists():
-        for title, found in json.loads((ROOT / "seconds.json").read_text()).items():
-            results.setdefault("sizes", {}).setdefault(title, {}).update(found)
-    for path in sorted((ROOT / "models").glob("*.json")):
+                row = results[name].setdefault(title, {})
+                row["mean"] = found["mean"]
+                if "game" in found["styles"]:
+                    row["game"] = found["styles"]["game"]["miou"]
+    if (rows.ROOT / "seconds.json").exists():
+        for title, found in json.loads((rows.ROOT / "seconds.json").read_text()).items():
+            results["sizes"].setdefault(title, {}).update(found)
+    for path in sorted((rows.ROOT / "models").glob("*.json")):
         results["models"][path.stem] = json.loads(path.read_text())
-    text = json.dumps(results, sort_keys=True)
-    with common.whole(RESULTS) as part:
-        part.write_text(text.replace('"rows"', '\n"rows"').replace('"models"', '\n"models"').replace("]}}, ", "]}},\n ") + "\n")
+    text = json.dumps(results, indent=1, sort_keys=True)
+    text = re.sub(r"\[[^][]*\]", lambda found: " ".join(found[0].split()), text)   # a list: a line
+    common.write_text(RESULTS, text + "\n")
     return results
 
 
+# ------------------------------------------------------------------- tables in Markdown
+def markdown(head, lines):
+    """[texts], [[texts]] -> a table"""
+    ruler = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ruler, *lines))
+
+
 def mean_of(row, seed):
-    return float(np.mean([row[seed][s]["miou"] for s in STYLES]))
+    return float(np.mean([row[seed][style]["miou"] for style in STYLES]))
+
+
+def mean_and_spread(values):
+    """-> mean, sample standard deviation (nan of a single value)"""
+    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else np.nan
+
+
+def plus_minus(spread):
+    return "" if np.isnan(spread) else f" ± {spread:.1f}"
 
 
 def table(results, wanted, base):
-    """Rows of one table, markdown: mIoU per style (mean of the seeds), the mean with its interval, the difference to `base` paired by seed."""
-    interval = importlib.import_module("05_eval").interval
-    lines = ["| | " + " | ".join(STYLES) + " | mean of five | seeds | difference to the first row, paired |", "|---|" + "---:|" * (len(STYLES) + 3)]
+    """mIoU per style, mean of the seeds; the mean of five with the standard deviation of the seeds;
+    the difference to row `base`, seed by seed. wanted: {row: title}"""
+    head = ["", *STYLES, "mean of five", "seeds", "difference to the first row, paired"]
+    lines = []
     for name, title in wanted.items():
-        row = results["rows"].get(name)
+        row, first = results["rows"].get(name), results["rows"].get(base, {})
         if not row:
             continue
-        each = [f"{np.mean([row[s][style]['miou'] for s in row]):.1f}" for style in STYLES]
-        mean, half = interval([mean_of(row, s) for s in row])
-        shared = sorted(set(row) & set(results["rows"][base]))
-        gain, width = interval([mean_of(row, s) - mean_of(results["rows"][base], s) for s in shared])
-        sure = lambda half: f" ± {half:.1f}" if np.isfinite(half) else ""
-        lines.append(f"| {title} | " + " | ".join(each) + f" | **{mean:.1f}**{sure(half)} | {len(row)} | " + ("" if name == base else f"{gain:+.1f}{sure(width)}") + " |")
-    return "\n".join(lines)
+        line = [title]
+        for style in STYLES:
+            line.append(f"{np.mean([scores[style]['miou'] for scores in row.values()]):.1f}")
+        mean, spread = mean_and_spread([mean_of(row, seed) for seed in row])
+        line += [f"**{mean:.1f}**{plus_minus(spread)}", str(len(row))]
+        shared = sorted(set(row) & set(first))
+        if name == base or not shared:
+            line.append("")
+        else:
+            gains = [mean_of(row, seed) - mean_of(first, seed) for seed in shared]
+            gain, spread = mean_and_spread(gains)
+            line.append(f"{gain:+.1f}{plus_minus(spread)}")
+        lines.append(line)
+    return markdown(head, lines)
 
 
-def by_class(results, wanted):
-    lines = ["| IoU, mean of styles and seeds | " + " | ".join(common.CLASSES) + " |", "|---|" + "---:|" * len(common.CLASSES)]
+def table_of_classes(results, wanted):
+    lines = []
     for name, title in wanted.items():
-        row = results["rows"].get(name)
-        if row:
-            cells = np.nanmean(np.array([[row[s][style]["iou"] for style in STYLES] for s in row], float), (0, 1))
-            lines.append(f"| {title} | " + " | ".join(f"{c:.0f}" for c in cells) + " |")
-    return "\n".join(lines)
+        each = []
+        for scores in results["rows"].get(name, {}).values():
+            each += [scores[style]["iou"] for style in STYLES]
+        if each:
+            means = np.nanmean(np.array(each, float), 0)
+            lines.append([title, *(f"{mean:.0f}" for mean in means)])
+    return markdown(["IoU, mean of styles and seeds", *common.CLASSES], lines)
 
 
-TABLE4 = {"source_only": "source only, as many steps", "raw": "+ painted scenes, the teacher's raw labels", "control": "+ the same, but raw labels only where SAM kept a label",
-          "sam": "+ painted scenes, SAM (the paper's rule)", "vote": "+ painted scenes, SAM, majority vote"}
-ORACLES = {"source_only": "source only, as many steps", "sam": "+ painted scenes, SAM", "rendered_raw": "rendered scenes (a perfect generator), raw labels", "rendered_sam": "rendered scenes, SAM",
-           "rendered_masks": "rendered scenes, true masks (a perfect SAM)", "rendered_truth": "rendered scenes, true labels (a perfect teacher)"}
-TABLE5 = {"source": "source, frozen CLIP", "source_random": "source, a frozen tower of random weights", "trainable": "source, CLIP trained along at a tenth of the rate",
-          "sam": "self-trained, frozen CLIP", "trainable_sam": "self-trained, CLIP trained along"}
-
-UNLIKE = {"sam": "as shipped", "vote": "a mask takes the teacher's majority", "purity": "a mask with under half of its class is dropped", "negative": "unlabelled pixels are background, as officially",
-          "ema_100": "the teacher moves at every hundredth step, as officially", "rare": "rare classes of the source come often (temperature 0.1)", "one_prompt": "200 pictures of one prompt",
-          "images_20": "20 painted pictures, not 200", "images_100": "100 pictures", "images_400": "400 pictures", "points_1": "1 point a piece, not 5", "points_10": "10 points", "points_50": "50 points",
-          "area_0": "every piece, not from 100 px on", "area_280": "pieces from 280 px on (0.85 % of the picture, as the paper)", "area_560": "pieces from 560 px on", "source_only": "no painted scenes"}
-FIGURES = {"figure5": ("painted pictures (their share of a batch stays a third)", {20: "images_20", 100: "images_100", 200: "sam", 400: "images_400"}),
-           "figure6_points": ("points a piece", {1: "points_1", 5: "sam", 10: "points_10", 50: "points_50"}),
-           "figure6_area": ("smallest piece, pixels (0.85 % of the picture is 280)", {0: "area_0", 100: "sam", 280: "area_280", 560: "area_560"})}
+def table_of_sizes(found):
+    head = ["decoder", "parameters", "seconds per step", "game", "mean of the five unseen"]
+    lines = []
+    for title in (title for title in SIZES if "mean" in found.get(title, {})):
+        line, row = [title], found[title]
+        forms = {"parameters": ",", "seconds": ".2f", "game": ".1f", "mean": ".1f"}
+        for key, form in forms.items():
+            line.append(format(row[key], form) if key in row else "")
+        lines.append(line)
+    return markdown(head, lines)
 
 
-def figure(path, results, title, rows, seeds=("0", "1", "2")):
-    """Mean of the five styles over seeds against a setting, with 95 % intervals; the grey line is source only. Equal steps along x: the settings are a list, not a scale."""
-    interval = importlib.import_module("05_eval").interval
-    points = [(x, *interval([mean_of(results["rows"][row], s) for s in seeds])) for x, row in rows.items() if all(s in results["rows"].get(row, {}) for s in seeds)]
-    if len(points) < 2:
+def table_of_tried(found):
+    lines = [[title, f"{found[title]['mean']:.1f}"] for title in TRIED if title in found]
+    return markdown(["", "mean of five"], lines)
+
+
+def table_of_labels(found):
+    """Per style: right per cent of the labelled pixels, and in brackets how many are labelled."""
+    lines = []
+    for kind in (kind for kind in LABELS if kind in found):
+        scores = [found[kind][style] for style in STYLES]
+        right = [100 * score["right"] for score in scores]
+        labelled = [100 * score["labelled"] for score in scores]
+        line = [kind]
+        for a, b in zip([*right, np.mean(right)], [*labelled, np.mean(labelled)]):
+            line.append(f"{a:.0f} ({b:.0f})")
+        line.append(f"{np.mean([score['miou'] for score in scores]):.1f}")
+        lines.append(line)
+    return markdown(["right % (labelled %)", *STYLES, "mean", "mIoU where labelled"], lines)
+
+
+def lines_of_sam(m):
+    classes = ", ".join(f"{name} {iou:.2f}" for name, iou in m["by_class"].items())
+    of_five = ("IoU of five random points in a piece of 100 px and more (the mask that it rates "
+               f"highest; {m['pieces']} pieces)")
+    correlation = "rank correlation of its ratings with the true IoU"
+    return [["SAM", of_five, f"{m['iou_100_px_and_more']:.2f}"],
+            ["", "the same under 100 px", f"{m['iou_under_100_px']:.2f}"],
+            ["", correlation, f"{m['rank_correlation']:.2f}"],
+            ["", "by class", classes]]
+
+
+def lines_of_clip(m):
+    zero_shot = "style by the nearest of six sentences, zero-shot"
+    precision = ("which classes are there, mean average precision "
+                 f"(chance {m['mAP_of_chance']:.2f})")
+    return [["CLIP", zero_shot, f"{100 * m['style_mean']:.0f} %"],
+            ["", precision, f"{m['mAP']:.2f}"]]
+
+
+def lines_of_diffusion(m):
+    held_out = 100 * m["classifier_on_held_out_scenes"]
+    follows = ("weather follows the prompt, by a linear classifier (right on "
+               f"{held_out:.0f} % of held-out rendered scenes)")
+    lines = [["diffusion", follows, f"{100 * m['follows_the_prompt']:.1f} %"]]
+    for style, v in m["by_style"].items():
+        measured = (f"{style}, n = {v['n']}: Frechet distance of CLIP codes to rendered scenes "
+                    "(real to real, noise); teacher's confidence (on rendered)")
+        limits = f"{v['frechet_real_to_real']:.3f}, {v['frechet_noise']:.3f}"
+        sure = f"{v['sure_painted']:.2f} ({v['sure_rendered']:.2f})"
+        lines.append(["", measured, f"{v['frechet']:.3f} ({limits}); {sure}"])
+    return lines
+
+
+def lines_of_llm(m):
+    least = min(m["named"].values())
+    measured = (f"of {m['lines']} lines parse; {m['kept']} prompts kept, least named class {least} "
+                "times")
+    return [["LLM", measured, f"{100 * m['parse']:.0f} %"]]
+
+
+def table_of_models(found):
+    lines = []
+    for name, lines_of in (("sam", lines_of_sam), ("clip", lines_of_clip),
+                           ("diffusion", lines_of_diffusion), ("llm", lines_of_llm)):
+        if name in found:
+            lines += lines_of(found[name])
+    return markdown(["model", "measured on test scenes", ""], lines)
+
+
+# ------------------------------------------------------------------- the paper's figures
+def draw_figure(path, results, title, wanted, seeds=FEW_SEEDS):
+    """The mean of the five styles against a setting, with the standard deviation over the seeds,
+    and source only as a grey line. Settings are a list, not a scale. Rows without all the seeds are
+    left out. wanted: {setting: row} -> whether there was something to draw"""
+    found = {}
+    for setting, name in {"base": "source_only", **wanted}.items():
+        row = results["rows"].get(name, {})
+        if all(str(seed) in row for seed in seeds):
+            found[setting] = mean_and_spread([mean_of(row, str(seed)) for seed in seeds])
+    base = found.pop("base", None)
+    if base is None or len(found) < 2:
         return False
-    base = float(np.mean([mean_of(results["rows"]["source_only"], s) for s in seeds]))
-    low, high = min([base] + [m - h for _, m, h in points]) - .5, max([base] + [m + h for _, m, h in points]) + .5
-    sheet = world.Image.new("RGB", (520, 300), "white")
-    draw = world.ImageDraw.Draw(sheet)
-    at = lambda i, value: (70 + i * 420 // (len(points) - 1), int(260 - 220 * (value - low) / (high - low)))
-    for value in range(int(np.ceil(low)), int(high) + 1):
-        draw.line((*at(0, value), *at(len(points) - 1, value)), fill=(225, 225, 225))
-        draw.text((40, at(0, value)[1] - 6), str(value), fill="black")
-    draw.line((*at(0, base), *at(len(points) - 1, base)), fill=(110, 110, 110), width=2)
-    draw.text((at(len(points) - 1, base)[0] - 66, at(0, base)[1] + 3), "source only", fill=(110, 110, 110))
-    draw.line([at(i, mean) for i, (_, mean, _) in enumerate(points)], fill=(31, 119, 180), width=2)
-    for i, (x, mean, half) in enumerate(points):
-        px, py = at(i, mean)
-        draw.line((px, at(i, mean - half)[1], px, at(i, mean + half)[1]), fill=(31, 119, 180))
-        draw.ellipse((px - 4, py - 4, px + 4, py + 4), fill=(31, 119, 180))
-        draw.text((px - 8, 268), str(x), fill="black")
-    draw.text((40, 8), "mIoU, mean of the five unseen styles, 3 seeds", fill="black")
-    draw.text((170, 284), title, fill="black")
+    means, spreads = zip(*found.values())
+    figure = Figure((5.2, 3), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(range(len(found)), means, spreads, marker="o", capsize=3)
+    axes.axhline(base[0], color="grey", label="source only")
+    axes.set_xticks(range(len(found)), [str(setting) for setting in found])
+    axes.set(xlabel=title, ylabel=f"mIoU, mean of five styles, {len(seeds)} seeds")
+    axes.legend()
     with common.whole(path) as part:
-        sheet.save(part, "PNG")
+        figure.savefig(part, format="png")
     return True
 
 
-# ----------------------------------------------------------------------------- the paper's Figures 2, 3 and 4
-def titled(pictures, columns, height=256):
-    """[(title, uint8 (h, w, 3))] -> one picture of so many columns, titles above."""
-    tiles = []
-    for title, array in pictures:
-        tile = world.Image.new("RGB", (height * array.shape[1] // array.shape[0] + 4, height + 20), "white")
-        tile.paste(world.Image.fromarray(array).resize((tile.width - 4, height), world.Image.NEAREST), (0, 18))
-        world.ImageDraw.Draw(tile).text((2, 3), title, fill="black")
-        tiles.append(np.asarray(tile))
-    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
-    return np.concatenate([np.concatenate(tiles[i:i + columns], 1) for i in range(0, len(tiles), columns)])
-
-
-def figure4(image, encoder, teacher, seed=0):
-    """One painted image through `refine`, step by step: teacher's label, components, points, SAM's masks, redrawn label. image uint8 (3, H, W)"""
-    stage = importlib.import_module("04_selftrain")
+def draw_figure4(path, image, encoder, teacher):
+    """One painted image through refine(), step by step. image: uint8 (H, W, 3)"""
+    stage = import_module(rows.SELF)
     sam = stage.load_sam(stage.SAM)
-    label = common.predict(encoder, teacher, image[None])[0].argmax(0).to(torch.uint8).numpy()
-    embedding = stage.sam_encode(sam, image)
-    refined, prompts = stage.refine(sam, embedding, label[None], [common.randomness(seed, 0, 4)])
-    points, (piece, _, area) = np.stack([at for _, _, at in prompts]), stage.components(label)
-    keep = [piece[int(y), int(x)] for (x, y), *_ in points]              # the piece that each prompt's points were drawn in
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     with torch.no_grad():
-        masks = stage.sam_masks(sam, embedding, torch.zeros(len(keep), dtype=torch.int64), torch.from_numpy(points), label.shape).numpy()
-    hue = np.random.default_rng(3).integers(60, 256, (len(keep), 3), dtype=np.uint8)
-    pieces, drawn = np.full((*label.shape, 3), 30, np.uint8), np.full((*label.shape, 3), 30, np.uint8)
-    for colour, k in zip(hue, keep):
-        pieces[piece == k] = colour
-    for m in np.argsort(-masks.sum((1, 2))):                             # small masks on top
-        drawn[masks[m]] = hue[m]
-    marked = world.Image.fromarray(pieces).resize((2 * label.shape[1], 2 * label.shape[0]), world.Image.NEAREST)
-    draw = world.ImageDraw.Draw(marked)
-    for of_piece in points:
-        for x, y in of_piece:
-            draw.rectangle((2 * x - 2, 2 * y - 2, 2 * x + 3, 2 * y + 3), fill="white", outline="black")
+        embedding = sam.image_encoder(sam.preprocess(pixels.float()))[0]
+        scores = stage.source_stage.predict(encoder, teacher, pixels.to(common.device()))
+        label = scores[0].argmax(0).cpu()
+        refined, points = stage.refine(sam, embedding, label, common.random(0, 0, 4))
+        masks = stage.sam_masks(sam, embedding, torch.from_numpy(points), label.shape).numpy()
+    piece, _, area = stage.components(label.byte().numpy())
+    first_x, first_y = points[:, 0].astype(int).T
+    hues = np.random.default_rng(3).integers(60, 256, (len(masks), 3), dtype=np.uint8)
+    pieces, drawn = np.full_like(image, 30), np.full_like(image, 30)
+    for hue, k in zip(hues, piece[first_y, first_x]):       # the piece of each prompt
+        pieces[piece == k] = hue
+    for m in np.argsort(-masks.sum((1, 2))):                # small masks on top
+        drawn[masks[m]] = hues[m]
+    marked = pieces.repeat(2, 0).repeat(2, 1)
+    for x, y in 2 * points.reshape(-1, 2).astype(int):
+        marked[max(0, y - 2):y + 4, max(0, x - 2):x + 4] = 0
+        marked[max(0, y - 1):y + 3, max(0, x - 1):x + 3] = 255
     small = int((area[1:] < stage.SAM_MIN_AREA).sum())
-    return titled([("a painted image", image.permute(1, 2, 0).numpy()), ("1. the teacher's label", common.colourise(label)),
-                   (f"2. components: {len(keep)}, each in a colour of its own; {small} are smaller than {stage.SAM_MIN_AREA} px (dark)", pieces),
-                   (f"3. {stage.SAM_POINTS} random points in each", np.asarray(marked)), ("4. the mask that SAM rates highest, for each", drawn),
-                   ("5. union by class; black: no mask, or two classes claim it", common.colourise(refined[0].to(torch.uint8).numpy()))], 2)
+    common.save_sheet(path, [
+        [("a painted image", image), ("1. the teacher's label", label.byte().numpy())],
+        [(f"2. {len(masks)} components; {small} are under {stage.SAM_MIN_AREA} px (dark)", pieces),
+         (f"3. {stage.SAM_POINTS} random points in each", marked)],
+        [("4. the mask that SAM rates highest, for each", drawn),
+         ("5. union by class; black: no mask, or two classes", refined.byte().numpy())]])
 
 
 def draw_pictures(painted=8):
-    """tests/toy/pictures: figure2 (a test scene of each unseen style, before and after self-training), figure3 (painted images, their prompts), figure4. Models of seed 0."""
-    folder, stage, evaluate = HERE / "pictures", importlib.import_module("04_selftrain"), importlib.import_module("05_eval")
-    models = {name: common.load_model(ROOT / f"seed0/{row}/model.safetensors")[:2] for name, row in (("source only, as many steps", "source_only"), ("CLOUDS", "sam"))}
-    scenes = {style: world.draw(world.seeds("test", style, 3)[2], style)[:2] for style in STYLES}
-    columns = [[(image, label, evaluate.segment(*model, world.Image.fromarray(image), label.shape, torch.device("cpu"))) for image, label in scenes.values()] for model in models.values()]
-    evaluate.draw_panel(folder / "figure2.png", list(models), columns)
-    rows = [json.loads(line) for line in (ROOT / "02_generate/index.jsonl").read_text().splitlines()]
-    importlib.import_module("02_generate").contact_sheet(folder / "figure3.png", ROOT / "02_generate", rows)
-    encoder, teacher, _ = common.load_model(source_of("sam", 0))         # theta_0: what the first steps of 04 see
-    with common.whole(folder / "figure4.png") as part:
-        world.Image.fromarray(np.concatenate([figure4(stage.to_crop(ROOT / "02_generate" / rows[painted]["file"]), encoder, teacher), common.legend(1032)])).save(part, "PNG")
+    """Figures 2 (test scenes before and after self-training), 3 (painted images) and 4."""
+    evaluate = import_module("05_eval")
+    networks = {"source only, as many steps": rows.folder_of("source_only", 0),
+                "CLOUDS": rows.folder_of("sam", 0)}
+    networks = {name: rows.load_network(folder / "model.safetensors")
+                for name, folder in networks.items()}
+    lines = []
+    for style in STYLES:
+        image, truth, *_ = world.draw(world.seeds("test", style, 3)[2], style)
+        line = [(f"{style}, a test scene", image)]
+        for name, network in networks.items():
+            line.append((name, evaluate.segment(*network, image, truth.shape)))
+        lines.append([*line, ("truth", truth)])
+    common.save_sheet(PICTURES / "figure2.png", lines)
+    folder = rows.ROOT / "02_generate"
+    plan = common.read_lines(folder / "index.jsonl", "file", "prompt")
+    import_module("02_generate").contact_sheet(PICTURES / "figure3.png", folder, plan)
+    image = np.array(common.read_image(folder / plan[painted % len(plan)]["file"]))
+    theta_0 = rows.load_network(rows.source_of("sam", 0))   # what the first steps of 04 see
+    draw_figure4(PICTURES / "figure4.png", image, *theta_0)
 
 
-def sizes_table(found):
-    lines = ["| decoder | parameters | seconds a step | game | mean of the five unseen |", "|---|---:|---:|---:|---:|"]
-    cell = lambda row, key, form: format(row[key], form) if key in row else ""
-    return "\n".join(lines + [f"| {title} | {cell(row, 'parameters', ',')} | {cell(row, 'seconds', '.2f')} | {cell(row, 'game', '.1f')} | {cell(row, 'mean', '.1f')} |" for title, row in found.items()])
-
-
-def tried_table(found):
-    return "\n".join(["| | mean of five |", "|---|---:|", *(f"| {title} | {row['mean']:.1f} |" for title, row in found.items())])
-
-
-def models_table(found):
-    """One line a model."""
-    lines = ["| model | measured on test scenes | |", "|---|---|---:|"]
-    if "sam" in found:
-        m = found["sam"]
-        lines += [f"| SAM | IoU of five random points in a piece of 100 px and more (the mask that it rates highest; {m['pieces']} pieces) | {m['iou_100_px_and_more']:.2f} |",
-                  f"| | the same under 100 px | {m['iou_under_100_px']:.2f} |", f"| | rank correlation of its ratings with the true IoU | {m['rank_correlation']:.2f} |",
-                  "| | by class | " + ", ".join(f"{c} {v:.2f}" for c, v in m["by_class"].items()) + " |"]
-    if "clip" in found:
-        m = found["clip"]
-        lines += [f"| CLIP | style by the nearest of six sentences, zero-shot | {100 * m['style_mean']:.0f} % |", f"| | which classes are there, mean average precision (chance {m['mAP_of_chance']:.2f}) | {m['mAP']:.2f} |"]
-    if "diffusion" in found:
-        m = found["diffusion"]
-        lines += [f"| diffusion | weather follows the prompt, by a linear classifier (right on {100 * m['classifier_on_held_out_scenes']:.0f} % of held-out rendered scenes) | {100 * m['follows_the_prompt']:.1f} % |"]
-        for s, v in m["by_style"].items():
-            lines.append(f"| | {s}, n = {v['n']}: Frechet distance of CLIP codes to rendered scenes (real to real, noise); teacher's confidence (on rendered) | "
-                         f"{v['frechet']:.3f} ({v['frechet_real_to_real']:.3f}, {v['frechet_noise']:.3f}); {v['sure_painted']:.2f} ({v['sure_rendered']:.2f}) |")
-    if "llm" in found:
-        m = found["llm"]
-        lines.append(f"| LLM | of {m['lines']} lines parse; {m['kept']} prompts kept, least named class {min(m['named'].values())} times | {100 * m['parse']:.0f} % |")
-    return "\n".join(lines)
-
-
-def labels_table(found):
-    """Of each style: right per cent of the labelled pixels, and how many are labelled."""
-    lines = ["| right % (labelled %) | " + " | ".join(STYLES) + " | mean | mIoU where labelled |", "|---|" + "---:|" * (len(STYLES) + 2)]
-    for kind in (kind for kind in LABELS if kind in found):
-        each = 100 * np.array([[found[kind][s][k] for k in ("right", "labelled")] for s in STYLES])
-        lines.append(f"| {kind} | " + " | ".join(f"{right:.0f} ({labelled:.0f})" for right, labelled in (*each, each.mean(0))) + f" | {np.mean([found[kind][s]['miou'] for s in STYLES]):.1f} |")
-    return "\n".join(lines)
-
-
+# ------------------------------------------------------------------- the report
 def write():
     results = gather()
+    tables = {
+        "table4": table(results, TABLE4, "source_only"),
+        "classes": table_of_classes(results, TABLE4),
+        "oracles": table(results, ORACLES, "source_only"),
+        "table5": table(results, TABLE5, "source"),
+        "more": table(results, ABLATIONS, "sam"),
+        "sizes": table_of_sizes(results["sizes"]),
+        "tried": table_of_tried(results["tried"]),
+        "models": table_of_models(results["models"]),
+        "labels": table_of_labels(results["models"].get("labels", {}))}
+    for name, (title, wanted) in FIGURES.items():
+        draw_figure(PICTURES / f"{name}.png", results, title, wanted)
     text = (HERE / "report.md").read_text()
-    parts = {"table4": table(results, TABLE4, "source_only"), "classes": by_class(results, TABLE4), "oracles": table(results, ORACLES, "source_only"), "table5": table(results, TABLE5, "source"),
-             "sizes": sizes_table({t: results["sizes"][t] for t in SIZES if "mean" in results.get("sizes", {}).get(t, {})}), "tried": tried_table({t: results["tried"][t] for t in TRIED if t in results.get("tried", {})}),
-             "more": table(results, UNLIKE, "sam"), "models": models_table(results["models"]),
-             "labels": labels_table(results["models"].get("labels", {}))}
-    for name, (title, rows) in FIGURES.items():
-        figure(HERE / f"pictures/{name}.png", results, title, rows)
-    for name, part in parts.items():
+    for name, part in tables.items():
         text = text.replace("{" + name + "}", part)
-    with common.whole(HERE / "README.md") as part:
-        part.write_text(text)
+    common.write_text(HERE / "README.md", text)
+
+
+def main(command="", *arguments):
+    constants = tuple(text for text in arguments if text.startswith("--"))
+    given = [text for text in arguments if text not in constants]
+    names, seeds = list(dict.fromkeys([*TABLE5, *TABLE4, *ORACLES])), SEEDS
+    if command == "run" and given:
+        names = given.pop(0).split(",")
+        seeds = [int(seed) for seed in given.pop(0).split(",")] if given else SEEDS
+    steps = {"run": partial(run, names, seeds, constants),
+             "ablations": partial(run_ablations, constants),
+             "tried": partial(run_changes, "tried", TRIED, constants),
+             "sizes": partial(run_changes, "sizes", SIZES, constants),
+             "seconds": time_sizes, "models": score_models, "pictures": draw_pictures,
+             "write": write}
+    if command not in ("all", *steps) or given or not set(names) <= set(ROWS):
+        sys.exit(f"{__doc__}\nrows: {', '.join(ROWS)}")
+    for step in steps if command == "all" else [command]:
+        print(f"report: {step}", flush=True)
+        steps[step]()
 
 
 if __name__ == "__main__":
-    what, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
-    if what == "one" and len(rest) >= 2:
-        one(rest[0], int(rest[1]), *rest[2:3], extra=tuple(rest[4:]), split=(rest[3:4] or ["test"])[0])
-    elif what == "run" and len(rest) <= 2:
-        run(rest[0].split(",") if rest else list(dict.fromkeys((*TABLE5, *TABLE4, *ORACLES))), [int(s) for s in rest[1].split(",")] if len(rest) == 2 else SEEDS)
-    elif what in ("ablations", "tried", "sizes", "seconds", "models", "pictures", "write") and not rest:
-        {"ablations": ablations, "tried": lambda: single("tried", TRIED), "sizes": lambda: single("sizes", SIZES), "seconds": seconds, "models": models, "pictures": draw_pictures, "write": write}[what]()
-    else:
-        sys.exit(__doc__)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # ended from outside: as Ctrl-C
+    try:
+        main(*sys.argv[1:])
+    except common.Stop as problem:
+        sys.exit(f"report.py: {problem}")
+    except KeyboardInterrupt:
+        sys.exit("\nreport.py: stopped. The same command goes on where this one was.")

