@@ -19,14 +19,14 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import CLASSES, PRESET, RUN, Stop, preset
+from common import CLASSES, RUN, Stop, preset
 
 # in and out; the paper's Llama-2 is gated and needs several GPUs: meta-llama/Llama-2-70b-chat-hf
 LLM = preset(toy=f"{common.MINIATURES}/llm", paper="Qwen/Qwen3-4B-Instruct-2507")   # Apache-2.0
 OUT = f"{RUN}/01_prompts"
 # request
-SOURCE_CLASSES = tuple(name for name in CLASSES if PRESET != "synthia"    # the paper's C, "all
-                       or name not in ("terrain", "truck", "train"))      # classes of our source"
+SOURCE_CLASSES = preset(toy=tuple(CLASSES), paper=tuple(CLASSES), synthia=tuple(    # those that
+    name for name in CLASSES if name not in ("terrain", "truck", "train")))         # it labels
 SCENES, PLACE = "urban street scenes", "a street"   # for classes of your own: these and WORDS
 # sampling
 N_PROMPTS = preset(toy=60, paper=100)       # paper 3.2
@@ -48,7 +48,7 @@ WORDS = {
     "motorcycle": "motorbike, scooter", "bicycle": "bike, cyclist"}
 WORDS = {name: words.split(", ") for name, words in WORDS.items()}
 RULES = """
-min(len(LLM), N_PROMPTS, TRIES) >= 1
+min(len(LLM), len(OUT), N_PROMPTS, TRIES) >= 1
 0 < len(SOURCE_CLASSES) == len(set(SOURCE_CLASSES) & set(CLASSES))
 0 < TEMPERATURE <= 10 and 0 < TOP_P <= 1
 NEW_TOKENS >= 16 and 0 <= SEED < 2 ** 32

@@ -4,7 +4,7 @@
     in    RUN/01_prompts/prompts.txt        one prompt per line
     out   RUN/02_generate/00017_p0004.png   image 17 from prompt 4, which is also in the file
           RUN/02_generate/index.jsonl       file, prompt and seed of every image; preview.png
-    time  toy: 3 minutes on a CPU. Stable Diffusion 2 on one GPU: not measured
+    time  toy: see README. Stable Diffusion 2 on one GPU: not measured
 
 Image i has prompt i mod P and seed SEED + i. Others in its batch change it by a grey level, so the
 groups are fixed: a stopped run, or one with a larger N_IMAGES, adds what is missing, and n jobs can
@@ -40,7 +40,7 @@ GROUP = preset(toy=8, paper=4)                      # images per batch
 SEED = 0
 GIVEN = set()                                       # the constants that the command line sets
 RULES = """
-len(DIFFUSION) > 0 and DTYPE in ('float16', 'bfloat16', 'float32')
+min(len(OUT), len(DIFFUSION)) > 0 and DTYPE in ('float16', 'bfloat16', 'float32')
 1 <= N_IMAGES <= 100_000 and min(STEPS, GROUP) >= 1 and 0 <= SEED < 2 ** 32
 0 <= GUIDANCE <= 100 and len(SIZE) == 2 and min(SIZE) > 0 and SIZE[0] % 8 == SIZE[1] % 8 == 0
 SHARD in [f'{k}/{n}' for n in range(1, 100) for k in range(n)]
@@ -103,10 +103,10 @@ def load_pipeline(name):
 
 def contact_sheet(path, folder, plan):
     """A sheet of up to 25 images, evenly spread, with their prompts (as the paper's Figure 3)."""
-    chosen, tiles = plan[::-(-len(plan) // 25)], []
-    for row in chosen[:len(chosen) // 5 * 5] or chosen:
-        title = textwrap.fill(row["prompt"].replace("$", r"\$"), 48)
-        tiles.append((title, np.asarray(common.read_image(folder / row["file"]))))
+    tiles = []
+    for row in plan[::-(-len(plan) // 25)]:
+        image = np.asarray(common.read_image(folder / row["file"]))
+        tiles.append((textwrap.fill(row["prompt"], 48), image))
     common.save_sheet(path, [tiles[i:i + 5] for i in range(0, len(tiles), 5)])
 
 

@@ -112,7 +112,7 @@ def embed_pictures(sam, files):
     """SAM's embedding of every picture at CROP, computed once and kept on disk as float16, named by
     the contents of picture and SAM -> paths of .npy files."""
     weights = b"".join(value.cpu().numpy().tobytes() for value in sam.state_dict().values())
-    folder = Path(RUN, "sam_embeddings", f"{sha256(weights)}_{CROP[0]}x{CROP[1]}")
+    folder = Path(RUN, "sam_embeddings", f"{sha256(weights)}_{CROP[0]}x{CROP[1]}_half={HALF}")
     folder.mkdir(parents=True, exist_ok=True)
     paths = {file: folder / f"{sha256(file.read_bytes())}.npy" for file in files}
     missing = [file for file in files if not paths[file].exists()]

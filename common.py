@@ -391,10 +391,11 @@ def save_sheet(path, rows):
     tall = len(rows) * (3 * height / width + .25) + 1
     figure = Figure((3 * columns, tall), dpi=120, layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
     for axes, (title, array) in zip(grid.flat, sum(rows, [])):
         axes.imshow(colourise(array) if array.ndim == 2 else array)
-        axes.set_title(title, fontsize=7)
-        axes.axis("off")
+        axes.set_title(title, fontsize=7, parse_math=False)
     if any(array.ndim == 2 for _, array in rows[0]):
         ids = [*range(len(CLASSES)), IGNORE]
         patches = [Patch(color=colour / 255) for colour in colourise(np.array(ids))]

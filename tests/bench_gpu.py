@@ -2,7 +2,7 @@
 bench_gpu: full-size models with random weights, the gta preset, each row beside its floor.
 
     python tests/bench.py gpu                   one CUDA GPU, at most 8 minutes, no network
-    python tests/bench.py gpu card steps hours  some parts, see PARTS; floors need card
+    python tests/bench.py gpu card steps        some parts: PARTS, below; floors need `card`
     python tests/bench.py tiny                  the same functions with tiny sizes on a CPU: a test
 
 s          seconds per step, pass or picture; the median of some, after a first one
@@ -34,6 +34,7 @@ import torch
 from bench import (DEVICE, MODE, WORK, Mask2FormerHead, data_set, evaluation, forward_and_back,
                    generate, head, line, configure, random_maps, run_main, scenes, selftrain,
                    source)
+from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
@@ -68,6 +69,7 @@ FULL = SimpleNamespace(
     scored=((1024, 2048), (3024, 4032)),        # Cityscapes; 12 megapixels, as in Mapillary
     workers=(1, 2, 4, 8, 16),
     groups=(4, 8, 16),
+    few=(2, 12),                                # steps of 02
     # Stable Diffusion 2: 866 M parameters, and 84 M of its autoencoder
     unet=dict(sample_size=96, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=1024,
               attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
@@ -80,7 +82,7 @@ TINY = SimpleNamespace(
     constants={source: dict(CROP="64,64", DIM=32, QUERIES=19, LAYERS=1, HIDDEN=32, POINTS=16,
                             PIXEL_LAYERS=1, BATCH=2),
                selftrain: dict(SAM_MIN_AREA=200, N_SOURCE=1, N_GENERATED=1),
-               evaluation: dict(SHORT_SIDE=64), generate: dict(SIZE="64,64")},
+               evaluation: dict(SHORT_SIDE=64), generate: dict(SIZE="16,16")},
     towers={"convnext_large_d_320": dict(timm_model_name="test_convnext", image_size=64),
             "RN50-quickgelu": dict(layers=(1, 1, 1, 1), width=8)},
     sam=tiny_sam,
@@ -89,9 +91,12 @@ TINY = SimpleNamespace(
     scored=((64, 128), (96, 128)),
     workers=(1, 2),
     groups=(1, 2),
-    unet=dict(sample_size=8, block_out_channels=(32,) * 4, cross_attention_dim=32,
-              attention_head_dim=4),
-    autoencoder=(32,) * 4,
+    few=(1, 2),
+    unet=dict(sample_size=8, block_out_channels=(32, 32), cross_attention_dim=32,
+              attention_head_dim=4, layers_per_block=1,
+              down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+              up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")),
+    autoencoder=(32, 32),
     text=dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
 SIZES = FULL if MODE == "gpu" else TINY
 
@@ -261,20 +266,29 @@ def card():
 def steps():
     """03 and 04, with the frozen encoder and with the trainable one of Table 5."""
     data, painted = data_set("source", SIZES.gta, 8), data_set("painted", source.CROP, 4)
+    runs = {}
+    for trainable, precision in (*[(False, precision) for precision in PRECISIONS],
+                                 (True, "TF32"), (True, "bfloat16")):
+        what = "step of 03, trainable encoder" if trainable else "step of 03"
+        runs[what, precision] = {"OUT": f"{WORK.name}/{what}, {precision}",
+                                 "HALF": precision.startswith("bfloat16"),
+                                 "FREEZE_ENCODER": not trainable}
+    for (what, precision), constants in runs.items():
+        with guarded(what, precision):
+            step_row(what, precision, source, SOURCE=data, **constants)
+    # SAM's embeddings of the painted pictures are made once, by 04's own function
     sam, selftrain.CROP = make_sam(), source.CROP
     files = sorted(Path(painted.removeprefix("folder:"), "images").iterdir())
     embeddings = selftrain.embed_pictures(sam, files)
-    selftrain.load_sam = lambda name: sam
     selftrain.embed_pictures = lambda sam, files: embeddings
-    for trained, precision in (*zip(4 * [""], PRECISIONS), (", trainable encoder", "TF32"),
-                               (", trainable encoder", "bfloat16")):
-        shared = {"FREEZE_ENCODER": not trained, "HALF": precision.startswith("bfloat16")}
-        init = f"{WORK.name}/{trained}{precision}"
-        with guarded(f"step of 03{trained}", precision):
-            step_row(f"step of 03{trained}", precision, source, OUT=init, SOURCE=data, **shared)
-        with guarded(f"step of 04{trained}", precision):
-            step_row(f"step of 04{trained}", precision, selftrain, OUT=f"{init} 04",
-                     INIT=f"{init}/model.safetensors", GENERATED=f"{painted}/images", **shared)
+    selftrain.load_sam = lambda name: sam
+    drawn_label(source.CROP)
+    for (what, precision), constants in runs.items():
+        init, out = constants["OUT"], constants["OUT"].replace("of 03", "of 04")
+        what = what.replace("of 03", "of 04")
+        with guarded(what, precision):
+            step_row(what, precision, selftrain, INIT=f"{init}/model.safetensors",
+                     GENERATED=f"{painted}/images", **constants | {"OUT": out})
 
 
 def step_row(what, precision, stage, OUT, **constants):
@@ -305,35 +319,44 @@ def count_waits(mode):
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def networks():
-    """The networks alone: encoders forward, decoders forward and back."""
+def encoders():
+    """Forward, as they stay frozen."""
     open_clip.create_model = partial(random_tower, torch.contiguous_format)
-    n, shape = source.BATCH, source.CROP
-    images = torch.randint(256, (n, 3, *shape), dtype=torch.uint8, device=DEVICE)
-    encoder = source.Encoder("open_clip:RN50-quickgelu/openai").to(DEVICE)
-    row_per_precision("encoder RN50", encoder, partial(encoder, images), n)
-    encoder = source.Encoder(source.ENCODER).to(DEVICE)
-    row_per_precision("encoder ConvNeXt-L", encoder, partial(encoder, images), n)
-    channels, classes = encoder.channels, len(common.CLASSES)
-    decoders = {"our decoder": make_decoder(channels),
-                "Mask2Former's head": Mask2FormerHead(channels, classes, *SIZES.mask2former)}
-    maps = random_maps(channels, n, shape)
-    for what, decoder in decoders.items():
-        way = partial(forward_and_back, decoder.to(DEVICE), maps)
-        row_per_precision(f"{what}, forward and back", decoder, way, n)
-    sam = make_sam()
+    images = torch.randint(256, (source.BATCH, 3, *source.CROP), dtype=torch.uint8, device=DEVICE)
+    for name in (source.ENCODER, "open_clip:RN50-quickgelu/openai"):
+        encoder = source.Encoder(name).to(DEVICE)
+        model = name.split(":")[1].split("/")[0]
+        row_per_precision(f"encoder {model}", encoder, partial(encoder, images), len(images))
+
+
+def decoders():
+    """Ours and Mask2Former's, forward and back, on maps of the encoder's sizes."""
+    open_clip.create_model = partial(random_tower, torch.contiguous_format)
+    channels = source.Encoder(source.ENCODER).channels
+    maps = random_maps(channels, source.BATCH, source.CROP)
+    head_of_mask2former = Mask2FormerHead(channels, len(common.CLASSES), *SIZES.mask2former)
+    for what, decoder in {"our decoder": make_decoder(channels),
+                          "Mask2Former's head": head_of_mask2former.to(DEVICE)}.items():
+        way = partial(forward_and_back, decoder, maps)
+        row_per_precision(f"{what}, forward and back", decoder, way, source.BATCH)
+
+
+def sam():
+    """SAM's encoder, per picture."""
+    model = make_sam()
+    side = model.image_encoder.img_size
     for n in (1, 8):
-        pixels = 255 * torch.rand(n, 3, *2 * [sam.image_encoder.img_size], device=DEVICE)
-        way = partial(sam_encode, sam, pixels)
-        row_per_precision(f"SAM's encoder, {n} at once", sam.image_encoder, way, n)
+        pixels = 255 * torch.rand(n, 3, side, side, device=DEVICE)
+        way = partial(embed, model, pixels)
+        row_per_precision(f"SAM's encoder, {n} at once", model.image_encoder, way, n)
 
 
-def sam_encode(sam, pixels):
-    return sam.image_encoder(sam.preprocess(pixels))
+def embed(model, pixels):
+    return model.image_encoder(model.preprocess(pixels))
 
 
 def painting():
-    """02, per picture: 2 and 12 steps, from which 50 are extrapolated."""
+    """02, per picture: a few steps, from which 50 are extrapolated."""
     import diffusers
     pipeline = make_pipeline()
     diffusers.AutoPipelineForText2Image.from_pretrained = lambda *_, dtype, **__: pipeline.to(dtype)
@@ -343,7 +366,7 @@ def painting():
                              *[(group, best) for group in larger]):
         dtype = "float32" if precision == "TF32" else precision.split()[0]
         costs = []
-        for few in (2, 12):
+        for few in SIZES.few:
             with guarded(f"02, {few} steps, {group} at once", precision):
                 configure(generate, STEPS=few, DTYPE=dtype)
                 way = partial(paint, *generate.load_pipeline("random"), group)
@@ -351,7 +374,8 @@ def painting():
                 costs.append(np.array(measure(way, 1)))
                 row(f"02, {few} steps, {group} at once", precision, *costs[-1], group)
         if len(costs) == 2:
-            cost = costs[1] + (50 - 12) / (12 - 2) * (costs[1] - costs[0])
+            fewer, few = SIZES.few
+            cost = costs[1] + (50 - few) / (few - fewer) * (costs[1] - costs[0])
             row(f"02, 50 steps, {group} at once", precision, *cost, group, "extrapolated")
 
 
@@ -395,23 +419,26 @@ def reading():
 
 
 def hours():
-    """What the rows above make of the gta preset; 05 is two checkpoints on the three data sets."""
-    large = " x ".join(map(str, SIZES.scored[1]))
-    small, first = " x ".join(map(str, SIZES.scored[0])), SIZES.groups[0]
-    table = {"02: 5,000 pictures": (f"02, 50 steps, {first} at once", 5_000),
+    """What the rows above make of the gta preset; 05: two checkpoints, three data sets."""
+    small, large = [" x ".join(map(str, shape)) for shape in SIZES.scored]
+    table = {"02: 5,000 pictures": (f"02, 50 steps, {SIZES.groups[0]} at once", 5_000),
              "04: 5,000 embeddings": ("SAM's encoder, 8 at once", 5_000),
              "03: 40,000 steps": ("step of 03", 40_000),
              "04: 40,000 steps": ("step of 04", 40_000),
-             "05: 2 x 1,500 pictures": (f"05, {small}", 3_000),
-             "05: 2 x 2,000 of Mapillary": (f"05, {large}", 4_000)}
-    precisions = ("float32", "TF32", "bfloat16", "float16 channels_last")
+             "05: 2 x 1,500 pictures": (f"05, {small}", 2 * 1_500),
+             "05: 2 x 2,000 of Mapillary": (f"05, {large}", 2 * 2_000)}
+    precisions = ("float32", "TF32", "bfloat16", "bfloat16 channels_last", "float16 channels_last")
     head("hours of PRESET=gta", *precisions)
     for title, (what, times) in table.items():
         seconds = [SECONDS.get((what, precision), np.nan) for precision in precisions]
         line(title, *[times * each / 3600 for each in seconds])
+    picture = SECONDS.get(("reading, 1 workers", "-"), np.nan)
+    steps = [SECONDS.get(("step of 03", precision), np.nan) for precision in precisions]
+    line("workers that 03 needs", *[source.BATCH * picture / step for step in steps])
 
 
-PARTS = {part.__name__: part for part in (card, steps, networks, painting, scoring, reading, hours)}
+PARTS = {part.__name__: part for part in (card, steps, sam, painting, scoring, reading, encoders,
+                                          decoders, hours)}
 
 
 def main(wanted):
@@ -426,6 +453,8 @@ def main(wanted):
         configure(stage, **constants)
     source.batches, source.predict = one_batch, predict_drawn
     source.preview = selftrain.preview = lambda *_: None
+    Figure.savefig = lambda figure, file, **_: Path(file).touch()      # loss.png
+    gc.freeze()                                 # collecting is quick without the libraries
     head("what", "precision", "s", "per s", "TFLOP", "floor, s", "times floor", "GB", "notes")
     for name in wanted or PARTS:
         with guarded(name):

@@ -40,7 +40,8 @@ def splits_of(name):
 
 def size_of(path):
     """(width, height) of a picture that stands upright; reads only its head. Raises Stop."""
-    with common.opened(path) as image:
+    with common.explain(f"{path} cannot be read as a picture", "copy or make it again"):
+        image = Image.open(path)
         turned = image.getexif().get(0x0112, 1) >= 5
         return image.size[::-1] if turned else image.size
 

@@ -1,5 +1,6 @@
 """The paper's real architectures, with random weights because there is no hub here: one training
 step and one prediction each, at a small size."""
+import hashlib
 from importlib import import_module
 
 import numpy as np
@@ -108,3 +109,33 @@ def test_sam_vit_b_redraws_through_the_functions_of_the_miniature(monkeypatch, t
     assert redrawn.shape == (96, 128) and points.shape == (2, 5, 2)
     assert (points[0, :, 0] < 64).all() and (points[1, :, 0] >= 64).all()
     assert set(redrawn.unique().tolist()) <= {0, 7, common.IGNORE}
+
+
+def test_sams_official_weights_are_fetched_once_and_checked(monkeypatch, tmp_path):
+    selftrain, content = fresh("04_selftrain"), bytes(range(256)) * 10
+    name = f"sam_vit_b_{hashlib.md5(content).hexdigest()[:6]}.pth"
+    there, here = tmp_path / "page" / name, tmp_path / "weights" / name
+    there.parent.mkdir()
+    there.write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(selftrain, "SAM_FILES", {"vit_b": name})
+    monkeypatch.setattr(selftrain, "SAM_PAGE", f"file://{tmp_path}/page/")
+    read = []
+
+    def build(weights):
+        read.append(weights.read_bytes())
+        return torch.nn.Linear(1, 1)
+    monkeypatch.setattr(selftrain, "sam_model_registry", {"vit_b": build})
+
+    sam = selftrain.load_sam("vit_b")
+    assert not sam.training and not sam.weight.requires_grad
+    there.write_bytes(content[:-1])
+    selftrain.load_sam("vit_b")                     # from the file that is there by now
+    assert read == [content, content]
+    here.unlink()
+    for _ in range(2):                              # damaged on its way; then not there at all
+        with pytest.raises(common.Stop, match="weights/ by hand") as stopped:
+            selftrain.load_sam("vit_b")
+        assert "--REFINE=off" in str(stopped.value) and not list(here.parent.iterdir())
+        there.unlink(missing_ok=True)
+    assert len(read) == 2

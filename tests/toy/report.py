@@ -195,7 +195,7 @@ def rounded(value):
     """Floats to three digits, also within dicts."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
-    return round(float(value), 3) if isinstance(value, float) else value
+    return round(float(value), 3) if isinstance(value, (float, np.floating)) else value
 
 
 def score_models():
