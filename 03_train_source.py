@@ -153,15 +153,16 @@ class SourceCrops(Dataset):
     """An endless stream of augmented crops of some data sets. Item i depends on (seed, i) alone, so
     a run that goes on sees what an uninterrupted one sees."""
 
-    def __init__(self, names, seed, crop, scale, fill):
+    def __init__(self, names, seed, crop, scale, fill=(0, 0, 0)):
         self.found = [(*pair, name) for name in names for pair in common.pairs(name, "train")]
-        self.seed, self.options = seed, (tuple(crop), scale, fill)
+        self.seed, self.crop, self.scale, self.fill = seed, tuple(crop), scale, fill
 
     def __getitem__(self, i):
         image_path, label_path, name = self.found[shuffled(len(self.found), self.seed, i)]
         image = common.read_image(image_path)
         label = common.read_label(label_path, name, image.size)
-        return scale_and_crop(image, label, common.random(self.seed, i, 2), *self.options)
+        random = common.random(self.seed, i, 2)
+        return scale_and_crop(image, label, random, self.crop, self.scale, self.fill)
 
 
 def batches(dataset, size, first, last, workers):
@@ -701,8 +702,9 @@ def main():
     if run.finished():
         return
     device = common.device()
+    crops = SourceCrops(SOURCE, SEED, CROP, SCALE)
     encoder = Encoder(ENCODER, FREEZE_ENCODER).to(device)
-    crops = SourceCrops(SOURCE, SEED, CROP, SCALE, encoder.fill)
+    crops.fill = encoder.fill
     torch.manual_seed(SEED)
     decoder = Decoder(encoder.channels, len(CLASSES), DIM, QUERIES, LAYERS, HIDDEN, PIXEL_LAYERS)
     decoder.to(device)

@@ -83,7 +83,6 @@ REFINE in ("points", "off", "vote")
 
 
 # ---------------------------------------------------------------------------- SAM
-SAM_PAGE = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth",
              "vit_h": "sam_vit_h_4b8939.pth"}               # 0.4, 1.2 and 2.6 GB, into weights/
 
@@ -96,12 +95,13 @@ def load_sam(name):
     if name not in SAM_FILES:
         raise Stop(f"SAM={name}: no such folder, and none of {', '.join(SAM_FILES)}")
     weights = Path("weights", SAM_FILES[name])
-    with common.from_hub(f"SAM {name}", f"get {SAM_PAGE}{weights.name} into weights/ by hand. "
-                         "To do without SAM: --REFINE=off"):
+    page = f"https://dl.fbaipublicfiles.com/segment_anything/{weights.name}"
+    with common.from_hub(f"SAM {name}", f"get {page} into weights/ by hand, or do without: "
+                         "--REFINE=off"):
         if not weights.exists():
             weights.parent.mkdir(exist_ok=True)
             with common.whole(weights) as part:
-                torch.hub.download_url_to_file(SAM_PAGE + weights.name, str(part))
+                torch.hub.download_url_to_file(page, str(part))
                 md5 = hashlib.md5(part.read_bytes()).hexdigest()
                 assert md5.startswith(weights.stem[-6:]), f"damaged on the way, MD5 {md5}"
         return sam_model_registry[name](weights).eval().requires_grad_(False)

@@ -9,6 +9,7 @@ import ctypes
 import difflib
 import fcntl
 import json
+import logging
 import os
 import platform
 import resource
@@ -263,8 +264,12 @@ def from_hub(what, instead):
             socket.create_connection((host, 443), 1).close()
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    with explain(f"{what} could not be loaded", instead):
-        yield
+    logging.disable(logging.ERROR)      # libraries log the failure before they raise it
+    try:
+        with explain(f"{what} could not be loaded", instead):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def random(*numbers):
@@ -331,7 +336,7 @@ GTA_LEFT_OUT = {f"{i:05d}" for i in (15188, 17705, *range(20801, 20861))}
 def pairs(name, split):
     """All (image, label) paths of a data set, sorted. `folder:PATH` means PATH/images, and PNGs
     of train ids with the same stems in PATH/labels. split: "train" or "val". Raises Stop."""
-    own_folder = (0, "images/*[gG]", {"/images/": "/labels/"}, "yours")     # .png, .jpg, .jpeg
+    own_folder = (0, "images/*[gG]", {"/images/": "/labels/"}, None)        # .png, .jpg, .jpeg
     root = Path(name[7:] if name.startswith("folder:") else DATA)
     if name not in LAYOUTS and not name.startswith("folder:"):
         raise Stop(f"{name} is not a data set: there are {', '.join(LAYOUTS)}, folder:PATH")
@@ -350,7 +355,8 @@ def pairs(name, split):
         raise Stop(f"no images at {root}/{pattern}\n  README, 'Data', says where they come from. "
                    "To try the code without: PRESET=toy")
     need([(label, f"it is the label of {image}") for image, label in found])
-    print(f"{name}, {split}: {len(found)} pairs (official numbers of train, val: {official})")
+    numbers = f" (official numbers of train, val: {official})" if official else ""
+    print(f"{name}, {split}: {len(found)} pairs{numbers}")
     return found
 
 

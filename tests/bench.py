@@ -179,19 +179,19 @@ def random_maps(channels, batch, shape):
     return [torch.randn(batch, c, *side, device=DEVICE) for c, side in zip(channels, sides)]
 
 
-#        encoder's channels, images, their shape, classes; width, queries, layers, feed-forward and
-#        pixel layers of Mask2Former, and ours
+# encoder's channels, images, their shape, classes; then width, queries, layers, width of
+# feed-forwards and pixel layers, of Mask2Former and of ours
 CASES = {"paper": ((192, 384, 768, 1536), 1, (768, 768), 19,
-                   {Mask2FormerHead: (256, 100, 9, 2048, 6), source.Decoder: (256, 100, 6, 512, 3)}),
+                   (256, 100, 9, 2048, 6), (256, 100, 6, 512, 3)),
          "toy": ((96, 192, 384, 768), 16, (128, 256), 12,
-                 {Mask2FormerHead: (64, 24, 9, 512, 6), source.Decoder: (64, 24, 3, 128, 3)})}
+                 (64, 24, 9, 512, 6), (64, 24, 3, 128, 3))}
 
 
 def decoder_pass(name, which):
     """-> million parameters, and a pass forward and back as a function."""
-    *maps, classes, sizes = CASES[name]
-    make = list(sizes)[which]
-    decoder = make(maps[0], classes, *sizes[make])
+    *maps, classes, theirs, ours = CASES[name]
+    make, sizes = ((Mask2FormerHead, theirs), (source.Decoder, ours))[which]
+    decoder = make(maps[0], classes, *sizes)
     million = sum(p.numel() for p in decoder.parameters()) / 1e6
     return million, partial(forward_and_back, decoder, random_maps(*maps))
 
