@@ -94,8 +94,11 @@ def in_turn(ways, times):
 
 
 def line(*cells):
-    """Print a row of a table in Markdown: texts, and numbers with three digits."""
-    texts = [cell if isinstance(cell, str) else f"{cell:.3g}" for cell in cells]
+    """Print a row of a table in Markdown: texts, and numbers with three digits or more."""
+    texts = []
+    for cell in cells:
+        number = not isinstance(cell, str)
+        texts.append(f"{cell:,.0f}" if number and cell >= 1000 else f"{cell:.3g}" if number else cell)
     print("| " + " | ".join(texts) + " |", flush=True)
 
 
@@ -240,7 +243,7 @@ TITLES = {("03_train_source.py", "__getitem__"): "labelled pictures, read and au
           ("03_train_source.py", "predict"): "teacher's labels",
           ("04_selftrain.py", "redraw"): "SAM's refinement",
           ("03_train_source.py", "mask_loss"): "matching and loss",
-          ("_tensor.py", "backward"): "backward", ("adamw.py", "step"): "optimiser"}
+          ("_tensor.py", "backward"): "backward", ("adam.py", "step"): "optimiser"}
 
 
 def step(steps=10):
