@@ -83,6 +83,7 @@ REFINE in ("points", "off", "vote")
 
 
 # ---------------------------------------------------------------------------- SAM
+sam_page = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth",
              "vit_h": "sam_vit_h_4b8939.pth"}               # 0.4, 1.2 and 2.6 GB, into weights/
 
@@ -95,7 +96,7 @@ def load_sam(name):
     if name not in SAM_FILES:
         raise Stop(f"SAM={name}: no such folder, and none of {', '.join(SAM_FILES)}")
     weights = Path("weights", SAM_FILES[name])
-    page = f"https://dl.fbaipublicfiles.com/segment_anything/{weights.name}"
+    page = sam_page + weights.name
     with common.from_hub(f"SAM {name}", f"get {page} into weights/ by hand, or do without: "
                          "--REFINE=off"):
         if not weights.exists():

@@ -83,14 +83,21 @@ def test_one_step_and_one_prediction(random_weights, name):
     assert scores.shape == (1, 19, 50, 70) and scores.isfinite().all()
 
 
+def two_of_twelve_blocks(checkpoint=None):
+    """SAM's vit_b, but for ten of its blocks"""
+    from segment_anything.build_sam import _build_sam
+    return _build_sam(encoder_embed_dim=768, encoder_depth=2, encoder_num_heads=12,
+                      encoder_global_attn_indexes=[1], checkpoint=checkpoint)
+
+
 def test_sam_vit_b_redraws_through_the_functions_of_the_miniature(monkeypatch, tmp_path):
-    from segment_anything import sam_model_registry
     selftrain = fresh("04_selftrain")
-    torch.manual_seed(0)
+    monkeypatch.setattr(selftrain, "sam_model_registry", {"vit_b": two_of_twelve_blocks})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").mkdir()
+    torch.manual_seed(0)
     weights = tmp_path / "weights" / selftrain.SAM_FILES["vit_b"]
-    torch.save(sam_model_registry["vit_b"]().state_dict(), weights)
+    torch.save(two_of_twelve_blocks().state_dict(), weights)
     sam = selftrain.load_sam("vit_b")
     pixels = np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -119,7 +126,7 @@ def test_sams_official_weights_are_fetched_once_and_checked(monkeypatch, tmp_pat
     there.write_bytes(content)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(selftrain, "SAM_FILES", {"vit_b": name})
-    monkeypatch.setattr(selftrain, "SAM_PAGE", f"file://{tmp_path}/page/")
+    monkeypatch.setattr(selftrain, "sam_page", f"file://{tmp_path}/page/")
     read = []
 
     def build(weights):

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import common
 from conftest import ROOT, SMALL, environment, here, script
@@ -146,7 +147,7 @@ def test_a_finished_stage_says_so(finished, data, stage, start, capsys):
     assert start(stage, *SMALL[stage], run=run) is None
     output = capsys.readouterr().out
     if stage == "05_eval":          # looks for new checkpoints and prints the table again
-        assert output.count("scored before") == 10 and "| 04_selftrain |" in output
+        assert "per second" not in output and "| 04_selftrain |" in output
     else:
         assert f"{stage}: finished before" in output
         assert (run / stage / RESULT[stage]).stat().st_mtime_ns == before
@@ -155,8 +156,8 @@ def test_a_finished_stage_says_so(finished, data, stage, start, capsys):
 @pytest.mark.parametrize("stage, sign", [
     ("01_prompts", "raw.jsonl"), ("02_generate", "00001_*.png"),
     ("03_train_source", "checkpoint.pt"), ("04_selftrain", "checkpoint.pt"),
-    ("05_eval", "confusion/03*/night*")])
-def test_a_killed_stage_ends_in_the_same_result(finished, data, tmp_path, stage, sign):
+    ("05_eval", "confusion/03*night*.npy")])
+def test_a_killed_stage_ends_in_the_same_result(finished, data, tmp_path, start, capsys, stage, sign):
     whole, _ = finished
     run = beside(whole, tmp_path / "run", stage)
     process = begin(stage, run=run, data=data)
@@ -167,11 +168,10 @@ def test_a_killed_stage_ends_in_the_same_result(finished, data, tmp_path, stage,
     more = []
     if stage in ("03_train_source", "04_selftrain"):
         more = ["--PREVIEW_EVERY=100"]          # and previews do not change the result
-    done = script(stage, *SMALL[stage], *more, run=run, data=data)
-    assert done.returncode == 0, done.stderr
+    assert start(stage, *SMALL[stage], *more, run=run) is None
     assert same(stage, whole, run)
     if more:
-        assert "goes on from step" in done.stdout
+        assert "goes on from step" in capsys.readouterr().out
         steps = [row["step"] for row in lines(run / stage / "log.jsonl")]
         assert steps == list(range(1, len(steps) + 1))
 
@@ -340,10 +340,12 @@ def test_04_goes_on_training_the_encoder_that_03_trained(trained):
     assert not equal(first, original().state_dict()) and not equal(student, first)
     record, = lines(trained / "04_selftrain/run.json")
     assert record["constants"]["FREEZE_ENCODER"] is False
-    # the teacher is between theta_0 and the student: 1/4 and 3/4 after two steps with EMA = 0.5
-    name = "trunk.stem.0.weight" if "trunk.stem.0.weight" in first else next(iter(first))
-    moved = (student[name] - first[name]).abs().max()
-    assert moved > 0 and 0 < (teacher[name] - first[name]).abs().max() < moved
+    # the teacher lies between theta_0 and the student
+    assert 0 < distance(teacher, first) < distance(student, first)
+
+
+def distance(one, other):
+    return sum((one[k].double() - other[k]).abs().sum().item() for k in one if "num_" not in k)
 
 
 def test_04_goes_on_with_both_encoders_where_it_was_stopped(trained, data, tmp_path, monkeypatch):
@@ -371,20 +373,27 @@ def test_04_can_freeze_an_encoder_that_03_trained(trained, tmp_path, start):
 
 def test_05_scores_the_encoder_that_was_trained(trained, data, tmp_path, start):
     source_stage, target = import_module("03_train_source"), f"folder:{data}/toy/day"
-    arguments = f"--TARGETS={target}", f"--OUT={tmp_path}/out", "--PANELS=0"
-    assert start("05_eval", *arguments, run=trained) is None
-    rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["03_train_source", "04_selftrain"]
-    for row in rows:
-        file = trained / row["name"] / "model.safetensors"
-        _, decoder, about = source_stage.load_model(file)
-        counted = []
-        for weights in (encoder_of(file), original().state_dict()):
-            encoder = source_stage.Encoder(about["encoder"]).eval()
-            encoder.load_state_dict(weights)
-            counted.append(count(encoder, decoder, common.pairs(target, "val")))
-        confusion = np.load(row["targets"][target]["confusion"])
-        assert np.array_equal(confusion, counted[0]) and not np.array_equal(confusion, counted[1])
+    file = decided(trained / "04_selftrain/model.safetensors", tmp_path / "network.safetensors")
+    assert start("05_eval", f"--CHECKPOINTS={file}", f"--TARGETS={target}", "--PANELS=0") is None
+    row, = json.loads((tmp_path / "run/05_eval/results.json").read_text())["rows"]
+    encoder, decoder, _ = source_stage.load_model(file)
+    counted = []
+    for weights in (encoder_of(file), original().state_dict()):
+        encoder.load_state_dict(weights)
+        counted.append(count(encoder, decoder, common.pairs(target, "val")))
+    confusion = np.load(row["targets"][target]["confusion"])
+    assert np.array_equal(confusion, counted[0]) and not np.array_equal(confusion, counted[1])
+
+
+def decided(path, out):
+    """A network whose few steps of training left it undecided, with larger logits -> out"""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    for name in ("class_head.weight", "mask_head.4.weight"):
+        tensors[f"decoder.{name}"] *= 100
+    save_file(tensors, out, metadata=metadata)
+    return out
 
 
 def count(encoder, decoder, pairs):
@@ -427,19 +436,12 @@ def test_two_processes_train_one_model_like_one_process(data, folder, tmp_path, 
     assert one.keys() == load_file(out / "model.safetensors").keys()
 
 
-def test_a_batch_that_processes_cannot_share_is_refused(data, tmp_path):
-    done = torchrun("03_train_source", "--BATCH=3", run=tmp_path, data=data)
-    assert done.returncode != 0
-    assert "03_train_source.py: 2 processes cannot share 3 images per step" in done.stderr
-
-
-def test_an_error_in_a_worker_is_one_line_that_names_the_file(folder, data, tmp_path):
+def test_an_error_in_a_worker_is_a_message_that_names_the_file(folder, say, tmp_path, capfd):
     name = folder({"a": np.zeros((64, 64, 3))}, {"a": np.zeros((64, 64))})
     path = tmp_path / "own/images/a.png"
     path.write_bytes(path.read_bytes()[:-20])
-    done = script("03_train_source", f"--SOURCE={name}", "--WORKERS=2", "--BATCH=2", run=tmp_path,
-                  data=data)
-    assert done.returncode == 1
-    message, remedy = done.stderr.strip().splitlines()
-    assert message.startswith(f"03_train_source.py: {path} cannot be read as a picture")
+    message = say("03_train_source", f"--SOURCE={name}", "--WORKERS=2", "--BATCH=2")
+    problem, remedy = message.splitlines()
+    assert problem.startswith(f"03_train_source.py: {path} cannot be read as a picture")
     assert remedy == "  copy or make it again"
+    assert "Traceback" not in capfd.readouterr().err
