@@ -647,10 +647,8 @@ class Bookkeeping:
         self.rows.append(torch.stack(list(numbers.values())))
         if done % every and done < self.total:
             return
+        self.stop_if_broken(done)
         means = dict(zip(numbers, torch.stack(self.rows).mean(0).tolist()))
-        if not np.isfinite(list(means.values())).all():
-            raise Stop(f"not a number before step {done}: {means}. {self.checkpoint}, if there is "
-                       "one, is from before. Try a smaller LR, or HALF=False")
         means["seconds"] = (time.time() - self.since) / len(self.rows)
         means["wait"] = self.waited / len(self.rows)
         line = {"step": done, **{k: float(f"{v:.5g}") for k, v in means.items()}}
@@ -661,7 +659,13 @@ class Bookkeeping:
             print(" | ".join(f"{k} {v}" for k, v in line.items()), flush=True)
         self.rows, self.waited, self.since = [], 0, time.time()
 
+    def stop_if_broken(self, done):
+        if self.rows and not torch.stack(self.rows).isfinite().all():
+            raise Stop(f"not a number before step {done}. {self.checkpoint}, if there is one, is "
+                       "from before. Try a smaller LR, or HALF=False")
+
     def save(self, done):
+        self.stop_if_broken(done)
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"step": done, "lines": self.lines, "constants": self.run.constants}
         with common.whole(self.checkpoint) as part:

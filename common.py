@@ -94,7 +94,7 @@ def override(stage, arguments):
 
 def check_rules(stage):
     """Every line of RULES must hold for the constants. Raises Stop at the first that does not."""
-    for rule in filter(None, stage["RULES"].splitlines()):
+    for rule in ["len(OUT.strip()) > 0", *filter(None, stage["RULES"].splitlines())]:
         names = [k for k in compile(rule, "RULES", "eval").co_names if k in stage]
         if not eval(rule, {k: stage[k] for k in names}):
             raise Stop(", ".join(f"{k}={stage[k]!r}" for k in names) + f": expected {rule}")
