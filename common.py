@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import platform
-import resource
 import signal
 import socket
 import subprocess
@@ -248,10 +247,12 @@ class Run:
 
 
 def peak_memory():
-    """Gigabytes of the GPU if there is one, otherwise of this process and, on Linux, its parent."""
-    cuda = torch.cuda.is_available()
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round((torch.cuda.max_memory_allocated() / 1024 if cuda else kilobytes) / 2 ** 20, 2)
+    """Gigabytes of the GPU if there is one, otherwise of this process (0 where unknown)."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
+    status = Path("/proc/self/status")      # getrusage would count who started this process, too
+    text = status.read_text() if status.exists() else "VmHWM: 0 kB"
+    return round(int(text.partition("VmHWM:")[2].split()[0]) / 2 ** 20, 2)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ precision   float32: without TensorFloat-32. bfloat16: HALF. channels_last: the 
             of encoder or UNet; 02 uses float16 channels_last
 
 A step is one of the real main() of 03 or 04, with one batch of real crops again and again; reading
-is a part of its own. Drawn labels take the place of the teacher's, because those of a random network
+is a part of its own. Drawn labels take the place of the teacher's: those of a random network
 have no components for SAM. "syncs" counts how often the CPU waits for the GPU per step. 02 paints
 with its own load_pipeline() and StableDiffusionPipeline; its text encoder is random, too.
 A row or a part that fails is named with its error, and the rest goes on.
@@ -393,7 +393,8 @@ def hours():
     small, large = [f"05, {shape[0]} x {shape[1]}" for shape in SCORED]
     table = {"02: 5,000 pictures": (f"02, 50 steps, {GROUPS[0]} at once", 5_000),
              "04: 5,000 embeddings": ("SAM's encoder, 8 at once", 5_000),
-             "03: 40,000 steps": ("step of 03", 40_000), "04: 40,000": ("step of 04", 40_000),
+             "03: 40,000 steps": ("step of 03", 40_000),
+             "04: 40,000 steps": ("step of 04", 40_000),
              "05: Cityscapes, BDD": (small, 3_000), "05: Mapillary": (large, 4_000)}
     precisions = (*PRECISIONS, "float16 channels_last")
     head("hours of PRESET=gta", *precisions)

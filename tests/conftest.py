@@ -2,6 +2,7 @@
 drawn here. One thread, so that runs repeat bit for bit."""
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -86,6 +87,7 @@ def finished(tmp_path_factory, data):
 def here(name, *arguments, run, data):
     """The stage in this process, which is faster -> how it ended: None, 0 after --help, or the
     message with which it stopped."""
+    handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "RUN", str(run))
         patch.setattr(common, "DATA", str(data))
@@ -95,6 +97,8 @@ def here(name, *arguments, run, data):
             common.launch(vars(fresh(name)))
         except SystemExit as stopped:
             return stopped.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture

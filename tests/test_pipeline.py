@@ -157,7 +157,8 @@ def test_a_finished_stage_says_so(finished, data, stage, start, capsys):
     ("01_prompts", "raw.jsonl"), ("02_generate", "00001_*.png"),
     ("03_train_source", "checkpoint.pt"), ("04_selftrain", "checkpoint.pt"),
     ("05_eval", "confusion/03*night*.npy")])
-def test_a_killed_stage_ends_in_the_same_result(stage, sign, finished, data, tmp_path, start, capsys):
+def test_a_killed_stage_ends_in_the_same_result(finished, data, tmp_path, stage, sign, start,
+                                                capsys):
     whole, _ = finished
     run = beside(whole, tmp_path / "run", stage)
     process = begin(stage, run=run, data=data)
