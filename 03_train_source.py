@@ -74,6 +74,7 @@ SAVE_EVERY = preset(toy=100, paper=1_000)
 PREVIEW_EVERY = preset(toy=300, paper=2_000)
 
 TRAINING_RULES = """
+len(OUT.strip()) > 0
 len(set(SOURCE)) == len(SOURCE) > 0
 len(LOSS_WEIGHTS) == 3 and all(0 <= weight <= 1000 for weight in LOSS_WEIGHTS)
 0 <= NO_OBJECT <= 1

@@ -75,6 +75,7 @@ PREVIEW_EVERY = preset(toy=200, paper=2_000)
 
 RULES = source_stage.TRAINING_RULES + """
 REFINE in ("points", "off", "vote")
+len(GENERATED.strip()) > 0
 1 <= SAM_POINTS <= 10_000 and 1 <= SAM_CHUNK <= 10_000 and 1 <= SAM_BATCH <= 1000
 0 <= SAM_MIN_AREA <= 10 ** 8
 0 <= EMA <= 1 and EMA_EVERY >= 1
@@ -264,9 +265,9 @@ class PaintedPictures(Dataset):
     def embedding(self, k):
         if not self.embeddings:
             return torch.zeros(0)
-        embedding = torch.from_numpy(np.load(self.embeddings[k])).float()
-        if not embedding.isfinite().all():
-            raise Stop(f"{self.embeddings[k]} is damaged: remove it, it is made again")
+        with common.explain(f"{self.embeddings[k]} is damaged", "remove it: it is made again"):
+            embedding = torch.from_numpy(np.load(self.embeddings[k])).float()
+            assert embedding.isfinite().all(), "not a number"
         return embedding
 
 
@@ -322,13 +323,17 @@ def take_over(constants):
     print(f"as {INIT}: " + ", ".join(f"{name}={globals()[name]}" for name in shared))
 
 
-def main():
+def need_earlier_stages():
     wanted = [(INIT, "03_train_source.py writes it when it is finished: run that first, or name a "
                "network: --INIT=PATH")]
     if N_GENERATED and not GENERATED.startswith("folder:"):
         wanted.append((GENERATED, "02_generate.py writes it when it is finished: run that first. "
                        "To train without painted images: --N_GENERATED=0"))
     common.need(wanted)
+
+
+def main():
+    need_earlier_stages()
     encoder, student, about = source_stage.load_model(INIT)
     take_over(about["constants"])
     run = common.Run(globals(), "model.safetensors")

@@ -58,8 +58,8 @@ RULES = """
 len(set(TARGETS)) == len(TARGETS) > 0
 PROTOCOL in ("native", "clouds")
 SHORT_SIDE == 0 or 32 <= SHORT_SIDE <= 8192
-len(set(SCORED)) == len(SCORED) > 0
-set(SCORED) <= set(CLASSES)
+len(OUT.strip()) > 0
+len(set(SCORED)) == len(SCORED) > 0 and set(SCORED) <= set(CLASSES)
 0 <= PANELS <= 100
 0 <= WORKERS <= 256
 """

@@ -93,7 +93,7 @@ def override(stage, arguments):
 
 def check_rules(stage):
     """Every line of RULES must hold for the constants. Raises Stop at the first that does not."""
-    for rule in ["len(OUT.strip()) > 0", *filter(None, stage["RULES"].splitlines())]:
+    for rule in filter(None, stage["RULES"].splitlines()):
         names = [k for k in compile(rule, "RULES", "eval").co_names if k in stage]
         if not eval(rule, {k: stage[k] for k in names}):
             raise Stop(", ".join(f"{k}={stage[k]!r}" for k in names) + f": expected {rule}")
@@ -141,6 +141,8 @@ def device():
 def need(wanted):
     """Stop with one message that lists every missing file. wanted: [(path, what gives it)]."""
     missing = [f"no {path}\n  {how}" for path, how in wanted if not Path(path).exists()]
+    if len(missing) > 10:
+        missing[10:] = [f"... {len(missing)} files are missing"]
     if missing:
         raise Stop("\n".join(missing))
 
@@ -155,7 +157,8 @@ def whole(path):
         if RANK == 0:
             os.replace(part, path)
     except Exception as problem:    # torch, numpy and safetensors have own words for a full disk
-        if "No space left" in str(problem) or "failed writing file" in str(problem):
+        words = ("No space left", "failed writing file", "unexpected pos")
+        if any(word in str(problem) for word in words):
             raise OSError(28, "No space left on device", str(path)) from problem
         raise
     finally:
@@ -203,7 +206,8 @@ class Run:
             self.info = read_lines(self.record, "stage", "constants")[0]
         if self.info["stage"] != self.stage:
             raise Stop(f"{self.out} belongs to {self.info['stage']}: name another --OUT")
-        self.compare(self.info["constants"])
+        with explain(f"{self.record}: expected lines of JSON with constants", "remove it"):
+            self.compare(self.info["constants"])
 
     def compare(self, earlier):
         """Raise Stop if constants {name: value} of an earlier start differ from today's."""
