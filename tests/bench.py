@@ -95,11 +95,11 @@ def in_turn(ways, times):
 
 def line(*cells):
     """Print a row of a table in Markdown: texts, and numbers with three digits or more."""
-    texts = []
-    for cell in cells:
-        number = not isinstance(cell, str)
-        texts.append(f"{cell:,.0f}" if number and cell >= 1000 else f"{cell:.3g}" if number else cell)
-    print("| " + " | ".join(texts) + " |", flush=True)
+    def text(cell):
+        if isinstance(cell, str):
+            return cell
+        return f"{cell:,.0f}" if cell >= 1000 else f"{cell:.3g}"
+    print("| " + " | ".join(map(text, cells)) + " |", flush=True)
 
 
 def head(*cells):

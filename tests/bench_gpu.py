@@ -28,6 +28,7 @@ from contextlib import contextmanager, redirect_stdout
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import open_clip
@@ -50,7 +51,8 @@ def size(full, tiny):
 
 
 # ---------------------------------------------------------------------------- sizes
-MINUTES = 8                                                 # what is not begun by then is left out
+MINUTES = size(8, 60)                                       # what is not begun by then is left out
+REPEATS = size(3, 1)
 MATMUL = size(8192, 64)
 STEPS = size(14, 2)                                         # of 03 and 04; the second half is timed
 PICTURE = size((1052, 1914), (96, 160))                     # GTA5's
@@ -107,7 +109,7 @@ def check_time():
         raise TimeoutError(f"left out, for {MINUTES} minutes are over")
 
 
-def measure(way, times=3):
+def measure(way, times=REPEATS):
     """-> median seconds of a call, and the FLOPs of a first one."""
     check_time()
     with FlopCounterMode(display=False) as counter:
@@ -238,7 +240,7 @@ def card():
             set_precision(precision)
             dtype = getattr(torch, precision.replace("TF32", "float32"))
             a, b = torch.randn(2, MATMUL, MATMUL, device=DEVICE).to(dtype)
-            seconds, flops = measure(partial(torch.mm, a, b), 10)
+            seconds, flops = measure(partial(torch.mm, a, b), 3 * REPEATS)
             RATE[precision] = flops / seconds
             row("matrix product", precision, seconds, flops,
                 note=f"{RATE[precision] / 1e12:.3g} TFLOP/s")
@@ -256,13 +258,13 @@ def steps():
     sam, selftrain.CROP = make_sam(), source.CROP
     files = sorted(Path(painted.removeprefix("folder:"), "images").iterdir())
     embeddings = selftrain.embed_pictures(sam, files)
-    selftrain.embed_pictures = lambda sam, files: embeddings
-    selftrain.load_sam = lambda name: sam
     drawn_label(source.CROP)
-    for kind, precision in runs:
-        with guarded(f"step of 04{kind}", precision):
-            step_row("04", kind, precision, selftrain, GENERATED=f"{painted}/images",
-                     INIT=f"{WORK.name}/03{kind}, {precision}/model.safetensors")
+    with mock.patch.multiple(selftrain, load_sam=lambda name: sam,
+                             embed_pictures=lambda sam, files: embeddings):
+        for kind, precision in runs:
+            with guarded(f"step of 04{kind}", precision):
+                step_row("04", kind, precision, selftrain, GENERATED=f"{painted}/images",
+                         INIT=f"{WORK.name}/03{kind}, {precision}/model.safetensors")
 
 
 def step_row(number, kind, precision, stage, **constants):
@@ -270,11 +272,9 @@ def step_row(number, kind, precision, stage, **constants):
     CPU's waits for the GPU from what the longer one has more."""
     def run(n, out):
         constants.update(OUT=out, ITERATIONS=n, LOG_EVERY=max(1, n // 2))
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, warned_of_waits():
             warnings.simplefilter("always")
-            warn_of_waits("warn")
             run_main(stage, **constants)
-            warn_of_waits("default")
         log = common.read_lines(f"{out}/log.jsonl", "seconds")[-1]
         return log, sum("synchronizing" in str(warning.message) for warning in caught)
 
@@ -292,9 +292,16 @@ def step_row(number, kind, precision, stage, **constants):
     row(f"step of {number}{kind}", precision, log["seconds"], counter.get_total_flops(), note=note)
 
 
-def warn_of_waits(mode):
-    if CUDA:
-        torch.cuda.set_sync_debug_mode(mode)
+@contextmanager
+def warned_of_waits():
+    """torch warns whenever the CPU waits for the GPU."""
+    try:
+        if CUDA:
+            torch.cuda.set_sync_debug_mode("warn")
+        yield
+    finally:
+        if CUDA:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def sam():
@@ -313,24 +320,29 @@ def embed(model, pixels):
 
 def painting():
     """02, per picture: a few steps, from which 50 are extrapolated."""
-    import diffusers
+    from diffusers import AutoPipelineForText2Image
     pipeline = make_pipeline()
-    diffusers.AutoPipelineForText2Image.from_pretrained = lambda *_, dtype, **__: pipeline.to(dtype)
     runs = [(GROUPS[0], precision) for precision in (*PRECISIONS, "float16")]
     runs += [(group, "float16 channels_last") for group in GROUPS]
-    for group, precision in runs:
-        with guarded(f"02, {group} at once", precision):
-            costs = []
-            for few in FEW:
-                dtype = precision.replace("TF32", "float32").split()[0]
-                configure(generate, STEPS=few, DTYPE=dtype, **CONSTANTS.get(generate, {}))
-                way = partial(paint, *generate.load_pipeline("random"), group)
-                set_precision(precision, pipeline.unet)
-                costs.append(np.array(measure(way, 1)))
-                row(f"02, {few} steps, {group} at once", precision, *costs[-1], group)
-            per_step = (costs[1] - costs[0]) / (FEW[1] - FEW[0])
-            row(f"02, 50 steps, {group} at once", precision,
-                *costs[1] + (50 - FEW[1]) * per_step, group, "extrapolated")
+    with mock.patch.object(AutoPipelineForText2Image, "from_pretrained",
+                           lambda *_, dtype, **__: pipeline.to(dtype)):
+        for group, precision in runs:
+            with guarded(f"02, {group} at once", precision):
+                painting_rows(pipeline.unet, group, precision)
+
+
+def painting_rows(unet, group, precision):
+    costs = []
+    for few in FEW:
+        dtype = precision.replace("TF32", "float32").split()[0]
+        configure(generate, STEPS=few, DTYPE=dtype, **CONSTANTS.get(generate, {}))
+        way = partial(paint, *generate.load_pipeline("random"), group)
+        set_precision(precision, unet)
+        costs.append(np.array(measure(way, 1)))
+        row(f"02, {few} steps, {group} at once", precision, *costs[-1], group)
+    per_step = (costs[1] - costs[0]) / (FEW[1] - FEW[0])
+    row(f"02, 50 steps, {group} at once", precision, *costs[1] + (50 - FEW[1]) * per_step, group,
+        "extrapolated")
 
 
 def paint(pipeline, options, n):
