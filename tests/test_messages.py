@@ -278,6 +278,19 @@ def test_an_embedding_that_is_damaged_is_named(tmp_path, damage):
 
 
 # ---------------------------------------------------------------------------- models
+def test_a_network_of_the_version_before_says_what_it_expects(tmp_path):
+    """As commit 90a1bb7 saved them: the encoder without its library, other names of weights."""
+    sizes = dict(channels=[4, 4, 4, 4], classes=12, dim=32, queries=12, layers=1, hidden=8,
+                 pixel_layers=1, heads=8)
+    about = {"encoder": "local-dir:tests/toy/weights/clip", "decoder": sizes, "seed": 0,
+             "classes": common.CLASSES, "preset": "toy", "stage": "03_train_source",
+             "iteration": 600, "constants": {}}
+    save_file({"decoder.query.weight": torch.zeros(12, 32)}, tmp_path / "old.safetensors",
+              metadata={"about": json.dumps(about)})
+    with pytest.raises(common.Stop, match="expected open_clip:, timm: or transformers:"):
+        fresh("03_train_source").load_model(tmp_path / "old.safetensors")
+
+
 @pytest.mark.parametrize("stage, option", [("05_eval", "CHECKPOINTS"), ("04_selftrain", "INIT")])
 def test_a_network_that_is_none_or_of_other_classes(say, stage, option, tmp_path):
     bad, more = tmp_path / "bad.safetensors", ["--N_GENERATED=0"] * (stage == "04_selftrain")

@@ -202,7 +202,7 @@ def test_sigterm_ends_as_ctrl_c(stopped):
     _, status, stderr = stopped
     assert status == 1
     message = "03_train_source.py: stopped. The same command goes on where this one was."
-    assert stderr.strip().splitlines()[-1] == message   # a worker's queue may have cried before
+    assert message in stderr.splitlines()       # the queue of a worker may speak, too
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_noticed(stopped, say, tmp_path):
