@@ -1,5 +1,6 @@
 """
-bench: how fast the scripts are, beside the plain way of doing the same.
+bench: how fast the scripts are; ratios to the plain way, both in turn in one process, as machines
+differ.
 
     python tests/bench.py                   on a CPU, one thread, about 15 minutes
     python tests/bench.py refine decoder    some parts of it
@@ -10,8 +11,6 @@ decoder   our decoder against the head of transformers' Mask2Former: time, size,
 scores    the confusion matrix against cityscapesScripts, if that is installed
 step      where the time of one step of 04 goes
 growth    02 and 04 with 100 and with 1,000 pictures
-
-Machines differ, so the first three are ratios: both ways in turn, in one process.
 """
 import cProfile
 import io
@@ -94,12 +93,9 @@ def in_turn(ways, times):
 
 
 def line(*cells):
-    """Print a row of a table in Markdown: texts, and numbers with three digits or more."""
-    def text(cell):
-        if isinstance(cell, str):
-            return cell
-        return f"{cell:,.0f}" if cell >= 1000 else f"{cell:.3g}"
-    print("| " + " | ".join(map(text, cells)) + " |", flush=True)
+    """Print a row of a table in Markdown: texts, and numbers with four digits."""
+    texts = [cell if isinstance(cell, str) else f"{cell:.4g}" for cell in cells]
+    print("| " + " | ".join(texts) + " |", flush=True)
 
 
 def head(*cells):
@@ -108,7 +104,11 @@ def head(*cells):
     line("---", *["---:"] * (len(cells) - 1))
 
 
-# ---------------------------------------------------------------------------- CPU: ratios
+def ratio(what, plain, ours):
+    line(what, plain, ours, plain / ours)
+
+
+# ---------------------------------------------------------------------------- ratios
 def plain_refine(predictor, label, random):
     """The official refinement: class by class, all three masks of a prompt at full size."""
     prompts, owners, by_class = [], [], {}
@@ -130,6 +130,7 @@ def plain_refine(predictor, label, random):
 
 
 def refine():
+    head("refine", "the official way", "ours", "ratio")
     from segment_anything import SamPredictor, sam_model_registry
     small, large = selftrain.load_sam(selftrain.SAM), sam_model_registry["vit_h"]().eval()
     for name, sam, shape, area, times in (("miniature SAM", small, (128, 256), 100, 9),
@@ -141,9 +142,9 @@ def refine():
         given = predictor.features[0], torch.from_numpy(label).long(), random
         plain, ours = in_turn([partial(plain_refine, predictor, label, random),
                                partial(selftrain.refine, sam, *given)], times)
-        yield f"refine, {name}, {shape}: seconds, embedding given", plain, ours
-        uses = 40_000 * 2 / 5_000               # of a picture in the gta preset
-        yield f"with the encoder, {uses:.0f} uses", plain + encoding, ours + encoding / uses
+        ratio(f"{name}, {shape}: seconds, embedding given", plain, ours)
+        # in the gta preset a picture is used 40,000 x 2 / 5,000 times
+        ratio("with the encoder, per use of 16", plain + encoding, ours + encoding / 16)
 
 
 class Mask2FormerHead(nn.Module):
@@ -207,17 +208,22 @@ def peak(name, which):
 
 
 def decoder():
+    head("decoder", "Mask2Former's head", "ours", "ratio")
     for name in CASES:
         sizes, ways = zip(*[decoder_pass(name, which) for which in (0, 1)])
-        yield f"decoder, {name}: seconds, forward and back", *in_turn(ways, 3)
-        yield f"decoder, {name}: million parameters", *sizes
+        ratio(f"{name}: seconds, forward and back", *in_turn(ways, 3))
+        ratio(f"{name}: million parameters", *sizes)
         command = [sys.executable, __file__, "peak", name]
         peaks = [subprocess.check_output([*command, which], text=True) for which in "01"]
-        yield f"decoder, {name}: GB", *[float(text.split()[-1]) for text in peaks]
+        ratio(f"{name}: GB", *[float(text.split()[-1]) for text in peaks])
 
 
 def scores():
-    from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as scripts
+    head("scores", "cityscapesScripts", "ours", "ratio")
+    try:
+        from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as scripts
+    except ImportError:
+        return line("not installed", "", "", "")
     random = np.random.default_rng(0)
     ids = np.array([row[1] for row in common.TABLE.values()], np.uint8)         # Cityscapes' own
     truth = random.integers(len(ids), size=(64, 128), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
@@ -234,10 +240,10 @@ def scores():
     def ours():
         label = common.read_label(files[1], "cityscapes", truth.shape[::-1])
         evaluation.iou(evaluation.confusion(label, guess, len(ids)))
-    yield "scores of a picture of 1024 x 2048: seconds", *in_turn([plain, ours], 7)
+    ratio("a picture of 1024 x 2048: seconds", *in_turn([plain, ours], 7))
 
 
-# ---------------------------------------------------------------------------- what has no plain way
+# ---------------------------------------------------------------------------- no ratios
 TITLES = {("03_train_source.py", "__getitem__"): "labelled pictures, read and augmented",
           ("04_selftrain.py", "__getitem__"): "painted pictures, read and jittered",
           ("03_train_source.py", "predict"): "teacher's labels",
@@ -247,19 +253,17 @@ TITLES = {("03_train_source.py", "__getitem__"): "labelled pictures, read and au
 
 
 def step(steps=10):
-    """Where the time of one step of 04 goes, in the toy preset and under Python's profiler."""
-    data, painted = data_set("source", (128, 256), 8), data_set("painted", (128, 256), 8)
+    """Where the time of a step of 04 in the toy preset goes, by Python's profiler."""
+    data, profile = data_set("source", (128, 256), 8), cProfile.Profile()
     run_main(source, SOURCE=data, ITERATIONS=1, BATCH=2)
     selftrain.preview = lambda *_: None
-    profile = cProfile.Profile()
-    profile.runcall(run_main, selftrain, GENERATED=f"{painted}/images", ITERATIONS=steps,
+    profile.runcall(run_main, selftrain, GENERATED=f"{data}/images", ITERATIONS=steps,
                     LOG_EVERY=steps)
     log, = common.read_lines(f"{WORK.name}/04_selftrain/log.jsonl", "seconds")
     rest = log["seconds"]
     head("part of a step of 04", "ms", "percent")
     for (file, _, function), facts in pstats.Stats(profile).stats.items():
-        title = TITLES.get((Path(file).name, function))
-        if title:
+        if title := TITLES.get((Path(file).name, function)):
             seconds = facts[3] / steps          # with all that it calls
             rest -= seconds
             line(title, 1000 * seconds, 100 * seconds / log["seconds"])
@@ -272,14 +276,13 @@ def growth():
     for n in (100, 1_000):
         run = Path(WORK.name, f"{n}")
         data = data_set(f"{n}/source", (128, 256), n)
-        (run / "01_prompts").mkdir()
         (run / "02_generate").mkdir()
-        (run / "01_prompts/prompts.txt").write_text("a photo of a street\n")
+        (run / "prompts.txt").write_text("a photo of a street\n")
         for i in range(n):
             note = PngImagePlugin.PngInfo()
             note.add_text("prompt", "a photo of a street")
             note.add_text("seed", str(i))
-            image = common.read_image(f"{run}/source/images/{i}.png")
+            image = common.read_image(run / f"source/images/{i}.png")
             image.save(run / f"02_generate/{i:05d}_p0000.png", pnginfo=note)
 
         def facts(stage, *arguments):
@@ -287,7 +290,7 @@ def growth():
                            stdout=subprocess.DEVNULL, cwd=ROOT, env=os.environ | {"RUN": str(run)})
             info, = common.read_lines(run / stage / "run.json", "wall_seconds")
             return info["wall_seconds"], info["peak_memory_gb"]
-        painting = facts("02_generate", f"--N_IMAGES={n}")
+        painting = facts("02_generate", f"--N_IMAGES={n}", f"--PROMPTS={run}/prompts.txt")
         facts("03_train_source", f"--SOURCE={data}", "--ITERATIONS=1", "--BATCH=1")
         training = facts("04_selftrain", "--ITERATIONS=20", "--LOG_EVERY=20")
         log, = common.read_lines(run / "04_selftrain/log.jsonl", "seconds")
@@ -295,30 +298,20 @@ def growth():
         line(f"{n:,}", *painting, *training, log["seconds"], embedding.stat().st_size / 1e6)
 
 
-# ---------------------------------------------------------------------------- main
-RATIOS = {"refine": refine, "decoder": decoder, "scores": scores}
-OTHERS = {"step": step, "growth": growth}
+PARTS = {part.__name__: part for part in (refine, decoder, scores, step, growth)}
 
 
 def main(wanted):
     for name in wanted:
-        if name not in RATIOS | OTHERS:
-            sys.exit(f"bench.py: no part {name}; there are {', '.join(RATIOS | OTHERS)}")
-    names = wanted or [*RATIOS, *OTHERS]
+        if name not in PARTS:
+            sys.exit(f"bench.py: no part {name}; there are {', '.join(PARTS)}")
     print(f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}")
-    if set(names) & set(RATIOS):
-        head("", "the plain way", "here", "ratio")
-    for name in names:
-        if name in RATIOS:
-            for what, plain, ours in RATIOS[name]():
-                line(what, plain, ours, plain / ours)
-    for name in names:
-        if name in OTHERS:
-            OTHERS[name]()
+    for name in wanted or PARTS:
+        PARTS[name]()
 
 
 if __name__ == "__main__":
-    sys.modules["bench"] = sys.modules["__main__"]      # for bench_gpu and rows, which import it
+    sys.modules["bench"] = sys.modules["__main__"]      # bench_gpu imports it
     if sys.argv[1:2] == ["peak"]:
         peak(*sys.argv[2:])
     elif MODE == "cpu":

@@ -59,7 +59,7 @@ PICTURE = size((1052, 1914), (96, 160))                     # GTA5's
 SCORED = size(((1024, 2048), (3024, 4032)), ((64, 128), (96, 128)))     # Cityscapes'; 12 megapixels
 WORKERS = size((1, 2, 4, 8, 16), (1, 2))
 GROUPS = size((4, 8, 16), (1, 2))                           # pictures at once in 02
-FEW = size((2, 12), (1, 2))                                 # steps of 02, from which 50 follow
+FEW = size((2, 12), (1, 4))                                 # steps of 02, from which 50 follow
 MASK2FORMER = size((256, 100, 9, 2048, 6), (32, 19, 1, 32, 1))
 TOWERS = size({}, {"convnext_large_d_320": dict(timm_model_name="test_convnext", image_size=64),
                    "RN50-quickgelu": dict(layers=(1, 1, 1, 1), width=8)})
@@ -186,14 +186,15 @@ def drawn_label(shape):
     return torch.from_numpy(next(scenes(shape, 1))[1])[None, None].long().to(DEVICE)
 
 
-def predict_drawn(encoder, decoder, images, half=False):
+def predict_drawn(encoder, decoder, images, half=False, predict=source.predict):
     """For source.predict: the same work, and then a drawn scene's classes win."""
-    scores = real_predict(encoder, decoder, images, half)
+    scores = predict(encoder, decoder, images, half)
     label = drawn_label(images.shape[-2:]).expand(len(scores), -1, -1, -1)
     return scores.scatter_(1, label, 1000.)
 
 
-real_predict, real_batches = source.predict, source.batches
+def no_picture(*_):
+    """For preview of 03 and 04."""
 
 
 def make_encoder(name=source.ENCODER):
@@ -246,6 +247,9 @@ def card():
                 note=f"{RATE[precision] / 1e12:.3g} TFLOP/s")
 
 
+@mock.patch.multiple(source, batches=one_batch, predict=predict_drawn, preview=no_picture)
+@mock.patch.object(selftrain, "preview", no_picture)
+@mock.patch.object(Figure, "savefig", lambda figure, file, **_: Path(file).touch())
 def steps():
     """03 and 04, with the frozen encoder and with the trainable one of Table 5."""
     data, painted = data_set("source", PICTURE, 8), data_set("painted", source.CROP, 4)
@@ -375,7 +379,7 @@ def reading():
     for workers in WORKERS:
         with guarded(f"reading, {workers} workers"):
             check_time()
-            for number, _ in enumerate(real_batches(crops, n, 0, 6 * workers, workers), 1):
+            for number, _ in enumerate(source.batches(crops, n, 0, 6 * workers, workers), 1):
                 if number == 2 * workers:                       # what was read ahead is used up
                     since = time.perf_counter()
             row(f"reading, {workers} workers", "-", time.perf_counter() - since, np.nan,
@@ -430,9 +434,6 @@ def main(wanted):
         sys.exit("bench.py: no CUDA GPU; `python tests/bench.py tiny` tries the code without")
     for stage, constants in CONSTANTS.items():
         configure(stage, **constants)
-    source.batches, source.predict = one_batch, predict_drawn
-    source.preview = selftrain.preview = lambda *_: None
-    Figure.savefig = lambda figure, file, **_: Path(file).touch()          # loss.png
     gc.freeze()                                 # collecting is quick without the libraries
     name = torch.cuda.get_device_name() if CUDA else platform.machine()
     print(f"{name}, {os.cpu_count()} CPU cores, torch {torch.__version__}, {MODE}")
