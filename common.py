@@ -157,7 +157,7 @@ def whole(path):
         if RANK == 0:
             os.replace(part, path)
     except Exception as problem:    # torch, numpy and safetensors have own words for a full disk
-        words = ("No space left", "failed writing file", "unexpected pos")
+        words = ("No space left", "failed writing file", "unexpected pos", "requested and")
         if any(word in str(problem) for word in words):
             raise OSError(28, "No space left on device", str(path)) from problem
         raise

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import common
-from conftest import ROOT, SMALL, environment, here, script
+from conftest import ROOT, SMALL, environment, here
 
 RESULT = {"01_prompts": "prompts.txt", "02_generate": "index.jsonl",
           "03_train_source": "model.safetensors", "04_selftrain": "model.safetensors",
