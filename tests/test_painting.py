@@ -90,7 +90,6 @@ def tiny_sdxl(folder):
 def tiny_sd3(folder):
     """A transformer that matches a flow, as Stable Diffusion 3"""
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import T5Config, T5EncoderModel
     torch.manual_seed(0)
     tokenizer, vae = parts()
     transformer = SD3Transformer2DModel(
@@ -98,11 +97,30 @@ def tiny_sd3(folder):
         attention_head_dim=8, num_attention_heads=2, joint_attention_dim=32,
         caption_projection_dim=16, pooled_projection_dim=32).eval()
     clip = [text_encoder("CLIPTextModelWithProjection") for _ in range(2)]
-    t5 = T5EncoderModel(T5Config(vocab_size=2048, d_model=32, d_kv=16, d_ff=32, num_layers=1,
-                                 num_heads=2)).eval()
     own = scheduler("FlowMatchEulerDiscreteScheduler")
-    StableDiffusion3Pipeline(transformer, own, vae, clip[0], tokenizer, clip[1], tokenizer, t5,
-                             tokenizer).save_pretrained(folder)
+    StableDiffusion3Pipeline(transformer, own, vae, clip[0], tokenizer, clip[1], tokenizer,
+                             tiny_t5(), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def tiny_t5():
+    from transformers import T5Config, T5EncoderModel
+    return T5EncoderModel(T5Config(vocab_size=2048, d_model=32, d_kv=16, d_ff=32, num_layers=1,
+                                   num_heads=2)).eval()
+
+
+def tiny_flux(folder):
+    """A guidance-distilled transformer over packed latents, as FLUX.1"""
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+    torch.manual_seed(0)
+    tokenizer, vae = parts()
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=16,
+        guidance_embeds=True, axes_dims_rope=(4, 4, 8)).eval()
+    own = scheduler("FlowMatchEulerDiscreteScheduler")
+    FluxPipeline(own, vae, text_encoder(), tokenizer, tiny_t5(), tokenizer,
+                 transformer).save_pretrained(folder)
     return folder
 
 
@@ -152,6 +170,26 @@ def test_a_flow_matching_model_follows_its_own_sampler(tmp_path):
     pipe.scheduler = EulerDiscreteScheduler()                   # what the rule is for: no error ...
     noisy = pipe(prompt=PROMPTS[:1], generator=noise(3), **options).images[0]
     assert np.abs(ours - np.asarray(noisy, int)).mean() > 5     # ... but another picture
+
+
+def test_flux_follows_its_own_sampler(tmp_path):
+    """As above with sigmas 1, 0.5, 0; its guidance is an input of the network."""
+    pipe, options = load(tiny_flux(tmp_path / "flux"), GUIDANCE=3.)
+    ours = np.asarray(pipe(prompt=PROMPTS[:1], generator=noise(3), **options).images[0], int)
+    assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    with torch.no_grad():
+        text, pooled, text_ids = pipe.encode_prompt(PROMPTS[:1], None)
+        x, ids = pipe.prepare_latents(1, 4, 64, 64, torch.float32, "cpu", noise(3))
+        for sigma, after in ((1., .5), (.5, 0.)):
+            v = pipe.transformer(
+                hidden_states=x, timestep=torch.tensor([sigma]), guidance=torch.tensor([3.]),
+                pooled_projections=pooled, encoder_hidden_states=text, txt_ids=text_ids,
+                img_ids=ids).sample
+            x = x + (after - sigma) * v
+        x = pipe._unpack_latents(x, 64, 64, pipe.vae_scale_factor)
+        image = pipe.vae.decode(x / pipe.vae.config.scaling_factor + .1).sample
+    image = (image[0].permute(1, 2, 0) / 2 + .5).clamp(0, 1) * 255
+    assert np.abs(ours - image.round().numpy()).max() <= 1 and ours.std() > 2
 
 
 def test_the_miniature_paints_the_same_picture_for_the_same_seed():
@@ -320,12 +358,11 @@ def whole(tmp_path):
 
 def test_image_i_has_prompt_i_mod_p_and_seed_plus_i(job):
     batches = job.run(SEED=10)
-    assert batches == [PROMPTS[:2], [PROMPTS[2], PROMPTS[0]], PROMPTS[1:]]
+    assert batches == [PROMPTS[:2], [PROMPTS[2], PROMPTS[0]], PROMPTS[1:2]]
     for i, row in enumerate(job.index()):
         assert row == {"file": f"{i:05d}_p{i % 3:04d}.png", "prompt": PROMPTS[i % 3],
                        "seed": 10 + i}
-        with Image.open(job.out / row["file"]) as image:
-            assert image.text == {"prompt": PROMPTS[i % 3], "seed": str(10 + i)}
+        assert Image.open(job.out / row["file"]).getpixel((1, 1))[1] == 10 + i      # its seed
     assert len(job.index()) == len(job.pictures()) == 5
 
 
@@ -341,27 +378,17 @@ def test_a_missing_picture_is_painted_in_its_group_although_the_index_stands(who
     assert whole.pictures() == before
 
 
-@pytest.mark.parametrize("left", [0, 30, 100, -20])
-def test_a_damaged_picture_is_painted_again(whole, left):
-    before = whole.pictures()
-    (whole.out / "index.jsonl").unlink()
-    path = whole.out / "00006_p0000.png"
-    path.write_bytes(path.read_bytes()[:left])
-    assert whole.run(N_IMAGES=7) == [[PROMPTS[0], PROMPTS[1]]]
-    assert whole.pictures() == before
-
-
 def test_more_images_are_added_in_the_same_folder(job, whole):
     job.run(N_IMAGES=3)
     assert len(job.index()) == len(job.pictures()) == 3
-    assert len(job.run(N_IMAGES=7)) == 3                # the group that was cut, and two new ones
+    assert len(job.run(N_IMAGES=7)) == 3                # the batch that was cut, and two new ones
     assert job.pictures() == whole.pictures() and job.index() == whole.index()
 
 
 def test_fewer_images_are_for_04_to_take(whole, capsys):
     before = whole.index()
     assert whole.run(N_IMAGES=2) == [] and whole.index() == before
-    assert "04 with --N_PICTURES" in capsys.readouterr().out
+    assert "finished before" in capsys.readouterr().out
     (whole.out / "00006_p0000.png").unlink()            # not one of the two
     assert whole.run(N_IMAGES=2) == [] and whole.index() == before
 
@@ -369,7 +396,7 @@ def test_fewer_images_are_for_04_to_take(whole, capsys):
 def test_shards_paint_what_one_run_paints(job, whole, capsys):
     assert len(job.run(N_IMAGES=7, SHARD="1/2")) == 2
     assert not (job.out / "index.jsonl").exists()
-    assert "shard 1/2: 1 of 2 groups" in capsys.readouterr().out
+    assert "batch 1 is painted, up to 3" in capsys.readouterr().out
     assert len(job.run(N_IMAGES=7, SHARD="0/2")) == 2
     assert job.pictures() == whole.pictures() and job.index() == whole.index()
 
@@ -393,25 +420,14 @@ def test_prompts_that_changed_are_noticed_before_anything_is_painted(job, prompt
     job.run(N_IMAGES=4)
     before = job.pictures()
     job.prompts.write_text("\n".join(prompts), encoding="utf-8")
-    with pytest.raises(common.Stop, match=r"0000\d_p000\d.png was painted from another prompt"):
+    with pytest.raises(common.Stop, match="out was made with prompts_sha256=.*--OUT="):
         job.run(N_IMAGES=9)
     assert job.pipeline.batches == [] and job.pictures() == before
-
-
-def test_a_picture_without_a_prompt_is_not_ours(job):
-    job.out.mkdir()
-    Image.new("RGB", (16, 16)).save(job.out / "00000_p0000.png")
-    with pytest.raises(common.Stop, match="00000_p0000.png was painted from another"):
-        job.run()
 
 
 def test_another_seed_needs_another_folder(job):
     job.run()
     with pytest.raises(common.Stop, match="SEED=0 .now 1.*--OUT"):
-        job.run(SEED=1)
-    (job.out / "run.json").unlink()
-    (job.out / "index.jsonl").unlink()
-    with pytest.raises(common.Stop, match="p0000.png was painted from another prompt or seed"):
         job.run(SEED=1)
 
 
@@ -421,37 +437,34 @@ def test_a_picture_of_one_colour_is_not_saved(job):
             output = super().__call__(**more)
             output.images[1] = Image.new("RGB", (16, 16))
             return output
-    with pytest.raises(common.Stop, match="00001_p0001.png is blank: try --DTYPE=bfloat16"):
+    with pytest.raises(common.Stop, match="image is blank: try --DTYPE=bfloat16"):
         job.run(pipeline=Black())
-    assert list(job.pictures()) == ["00000_p0000.png"]
+    assert not job.pictures()
 
 
 # ---------------------------------------------------------------------------- prompts, preview
-def test_a_file_of_prompts_from_any_editor_is_read(job, capsys):
+def test_a_file_of_prompts_from_any_editor_is_read(job):
     job.prompts.write_bytes(b"\xef\xbb\xbf  a photo of a car in town \r\n\r\nb\r\nb\r\n")
-    assert job.run(N_IMAGES=3)[0] == ["a photo of a car in town", "b"]
-    assert "prompts.txt: 3 prompts, 2 of them distinct" in capsys.readouterr().out
+    assert job.run(N_IMAGES=3) == [["a photo of a car in town", "b"], ["b"]]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n  \n", "a photo of a café".encode("latin-1")])
 def test_a_file_without_prompts_is_refused(job, content):
     job.prompts.write_bytes(content)
-    with pytest.raises(common.Stop, match="prompts.txt: expected one prompt per line, in UTF-8"):
+    with pytest.raises(common.Stop, match="prompts.txt cannot be read .*\n.*one prompt per line"):
         job.run()
     assert not job.out.exists()
 
 
-@pytest.mark.parametrize("n, rows", [(1, [1]), (4, [4]), (7, [5, 2]), (33, [5, 5, 5, 2]),
-                                     (60, [5] * 4), (200, [5] * 5)])
-def test_the_preview_shows_images_from_all_of_the_plan(monkeypatch, tmp_path, n, rows):
+@pytest.mark.parametrize("n, rows", [(1, [1]), (7, [5, 2]), (200, [5] * 5)])
+def test_the_preview_shows_the_first_images(monkeypatch, tmp_path, n, rows):
     sheets = []
     monkeypatch.setattr(common, "save_sheet", lambda path, grid: sheets.append(grid))
     monkeypatch.setattr(common, "read_image", lambda path: Image.new("RGB", (4, 4)))
     plan = [{"file": str(i), "prompt": f"{i}"} for i in range(n)]
     fresh("02_generate").contact_sheet(tmp_path, tmp_path, plan)
     assert [len(row) for row in sheets[0]] == rows
-    shown = [int(title) for row in sheets[0] for title, _ in row]
-    assert shown == sorted(set(shown)) and shown[-1] >= n * .7 - 1
+    assert [title for row in sheets[0] for title, _ in row] == [str(i) for i in range(sum(rows))]
 
 
 def test_the_preview_takes_any_prompt(job):
@@ -478,5 +491,5 @@ def test_guidance_from_the_shell_is_not_dropped(say, fake, job):
 
 def test_missing_prompts_name_the_stage_that_writes_them(say, tmp_path):
     message = say("02_generate")
-    assert f"no {tmp_path}/run/01_prompts/prompts.txt" in message and "01_prompts.py" in message
-    assert "run that first" in message and not (tmp_path / "run").exists()
+    assert f"{tmp_path}/run/01_prompts/prompts.txt cannot be read" in message
+    assert "run 01_prompts.py first" in message and not (tmp_path / "run").exists()
