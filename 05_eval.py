@@ -4,7 +4,7 @@
     in    RUN/0*/model.safetensors         all of them, or those that --CHECKPOINTS names
           TARGETS                          labelled data sets, used for nothing but scoring
     out   RUN/05_eval/results.json, .md    mIoU, IoU of every class; the tables that are printed
-          classes.png, panels/TARGET.png   bars; image | predictions | truth | errors (first six)
+          panels/TARGET.png                image | truth | prediction | errors | prediction ...
           confusion/                       pixel counts, made again only if their origin changed
     time  toy: half a minute on two CPU cores; paper: see README
 
@@ -15,23 +15,21 @@ mIoU is the mean over classes, in percent. There are two protocols:
     clouds    truth resized to the network's input, classes that it lacks left out: as officially.
 Folders whose names differ only in a suffix, 04_selftrain and 04_selftrain_seed1, are seeds of one
 experiment. It worked if 04_selftrain has a higher mean than 03_train_source (toy: by 3 points).
---IMAGES=my_photos labels pictures instead: overlays, train ids, ids for Cityscapes' server."""
+--IMAGES=my_photos labels pictures instead: train ids and overlays in OUT/images."""
 import hashlib
 import json
 import re
-import time
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import common
-from common import CLASSES, DATA, IGNORE, RUN, TABLE, Stop, preset
+from common import CLASSES, COLOURS, DATA, IGNORE, RUN, TABLE, Stop, preset
 
 source_stage = import_module("03_train_source")                 # the network (paper 3.1)
 bar = partial(tqdm, leave=False, disable=None, dynamic_ncols=True)
@@ -49,13 +47,13 @@ PROTOCOL = "native"             # | "clouds"
 SHORT_SIDE = preset(toy=0, paper=1024)      # of the network's input (official); 0: as the image is
 SCORED = preset(toy=tuple(CLASSES), paper=tuple(CLASSES),       # SYNTHIA has 16 of the 19
                 synthia=tuple(c for c in CLASSES if c not in ("terrain", "truck", "train")))
-HALF = False                    # bfloat16 in the network: faster on a GPU; officially float32
+HALF = preset(toy=False, paper=True)        # bfloat16 in the network; official: float32
 # running
 PANELS = 3                      # images per target in panels/
 WORKERS = preset(toy=0, paper=4)            # processes that read ahead; 0 is best on two cores
 
 RULES = """
-len(set(TARGETS)) == len(TARGETS) > 0
+len({target.rpartition('/')[2] for target in TARGETS}) == len(TARGETS) > 0
 PROTOCOL in ("native", "clouds")
 SHORT_SIDE == 0 or 32 <= SHORT_SIDE <= 8192
 len(OUT.strip()) > 0
@@ -81,13 +79,18 @@ def iou(matrix):
     return np.ma.array(100 * hit / np.maximum(union, 1), mask=known == 0)
 
 
-def mean_iou(matrix, classes=None):
-    """-> mIoU over `classes` (default SCORED), {class: IoU or None}, both in percent. Pixels of
-    the other classes still count as errors, as is usual for SYNTHIA's 16."""
-    names = classes or SCORED
-    each = iou(matrix)[[CLASSES.index(name) for name in names]]
+def mean_iou(matrix):
+    """-> mIoU over SCORED, {class: IoU or None}, both in percent. Pixels of the other classes
+    still count as errors, as is usual for SYNTHIA's 16."""
+    each = iou(matrix)[[CLASSES.index(name) for name in SCORED]]
     mean = float(each.mean()) if each.count() else 0.0
-    return mean, dict(zip(names, each.round(2).tolist()))           # None where masked
+    return mean, dict(zip(SCORED, each.round(2).tolist()))          # None where masked
+
+
+def load(file):
+    """-> encoder and decoder of a checkpoint, on the device. Raises Stop."""
+    encoder, decoder, _ = source_stage.load_model(file)
+    return encoder.to(common.device()), decoder.to(common.device())
 
 
 def network_input(image, short_side):
@@ -117,12 +120,10 @@ def read(target, short_side, protocol, pair):
 
 def score(encoder, decoder, target, pairs, path, title):
     """-> confusion matrix int64 (C, C) of (image, label) pairs; kept in `path`. Raises Stop."""
-    matrix = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
-    since = time.time()
     try:
-        return matrix + np.load(path)
+        return np.load(path)
     except Exception:                   # not there or damaged, in whatever way: it is made again
-        path.parent.mkdir(parents=True, exist_ok=True)
+        matrix = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
     reader = partial(read, target, SHORT_SIDE, PROTOCOL)
     loader = torch.utils.data.DataLoader(pairs, None, collate_fn=reader, num_workers=WORKERS)
     for image, truth in bar(loader, title):
@@ -130,55 +131,36 @@ def score(encoder, decoder, target, pairs, path, title):
         matrix += confusion(truth, prediction, len(CLASSES))
     with common.whole(path) as part, open(part, "wb") as file:
         np.save(file, matrix)
-    pace = f"{len(pairs)} images, {len(pairs) / (time.time() - since):.1f} per second"
-    print(f"{title}: mIoU {mean_iou(matrix)[0]:.1f}, {pace}", flush=True)
+    print(f"{title}: mIoU {mean_iou(matrix)[0]:.1f}, {len(pairs)} images", flush=True)
     return matrix
 
 
-def digest(files, text, title=""):
-    """SHA-256 of a text and of the bytes of files, in order."""
-    total = hashlib.sha256(text.encode())
-    for file in bar(files, title):
-        total.update(hashlib.sha256(Path(file).read_bytes()).digest())
+def digest(files, settings=""):
+    """Hexadecimal digits of the SHA-256 of a text and of the bytes of files"""
+    total = hashlib.sha256(settings.encode())
+    for file in bar(files, "reading"):
+        total.update(Path(file).read_bytes())
     return total.hexdigest()[:16]
 
 
-def short_names(paths):
-    """The last parts of every path or `folder:PATH`, as few as tell all of them apart."""
-    parts = [Path(path).absolute().parts[1:] for path in paths]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]).removeprefix("folder:") for part in parts]
-        if len(set(names)) == len(names):
-            break
-    return names
-
-
 def checkpoints():
-    """{name: file} of what is to be scored; a name is that of the folder. Raises Stop."""
+    """{name: file} of what is to be scored. A name is a folder's path in RUN, or as given; another
+    file than the model's stands behind it, as 04_selftrain (teacher). Raises Stop."""
     finished = sorted(Path(RUN).glob("0*/model.safetensors"))
-    files, found = [], {}
+    files, named = [], {}
     for given in CHECKPOINTS or finished or [f"{RUN}/03_train_source/model.safetensors"]:
         files += sorted(Path(given).rglob("model.safetensors")) or [Path(given)]
     hint = "03_train_source.py and 04_selftrain.py write it when they are finished: run them first"
     common.need([(file, hint) for file in files])
-    for file in files:                  # another file's name stands behind it, as of 04's teacher
-        found[f"{file.absolute().parent} ({file.stem})".removesuffix(" (model)")] = file
-    return dict(zip(short_names(found), found.values()))
+    for file in files:
+        folder = file.parent
+        if folder.is_relative_to(RUN):
+            folder = folder.relative_to(RUN)
+        named[f"{folder} ({file.stem})".removesuffix(" (model)")] = file
+    return named
 
 
 # ---------------------------------------------------------------------------- results
-def together(targets):
-    """{title: mIoU} of targets that are parts of one data set, as one matrix: ACDC's conditions."""
-    parts = [np.load(targets[t]["confusion"]) for t in targets if t.startswith("acdc_")]
-    return {"acdc, one matrix": mean_iou(sum(parts))[0]} if len(parts) > 1 else {}
-
-
-def class_means(row):
-    """IoU of every class, the mean over the targets that have it; nan where none has."""
-    each = [list(target["iou"].values()) for target in row["targets"].values()]
-    return np.ma.masked_invalid(np.array(each, float)).mean(0).filled(np.nan)
-
-
 def markdown(head, rows):
     """Rows of texts and numbers -> a table in Markdown; nan is written as -."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
@@ -203,84 +185,86 @@ def comparison(rows):
 
 def tables(rows):
     """The rows of results.json as Markdown."""
-    means, each = [], []
+    means, classes = [], []
     for row in rows:
-        values = [target["miou"] for target in row["targets"].values()]
-        means.append([row["name"], *values, row["mean_miou"], *row["together"].values()])
-        each.append([row["name"], *class_means(row)])
-    text = markdown(["mIoU", *short_names(row["targets"]), "mean", *row["together"]], means)
-    text += comparison(rows) if len(rows) > 1 else ""
-    return text + markdown(["IoU, mean of the targets", *SCORED], each)
+        targets = row["targets"].values()
+        means.append([row["name"], *(target["miou"] for target in targets), row["mean_miou"]])
+        each = np.array([list(target["iou"].values()) for target in targets], float)
+        each = np.ma.masked_invalid(each).mean(0)       # over the targets that have the class
+        classes.append([row["name"], *each.filled(np.nan)])
+    titles = [Path(target).name for target in rows[0]["targets"]]
+    text = markdown(["mIoU", *titles, "mean"], means)
+    if len(rows) > 1:
+        text += comparison(rows)
+    return text + markdown(["IoU, mean of the targets", *SCORED], classes)
 
 
-def draw_classes(path, rows):
-    """IoU of every class, mean of the targets, as bars, one per checkpoint."""
-    places = np.arange(len(SCORED))
-    width = 0.85 / len(rows)
-    figure = Figure((8, 1 + len(SCORED) * (0.11 / width + 0.2)), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.set_yticks(places + 0.425, SCORED)
-    axes.set(ylim=(len(SCORED), -0.15), xlabel="IoU in percent, mean of the targets")
-    for k, row in enumerate(rows):
-        edges = places + k * width
-        bars = axes.barh(edges, class_means(row), width, align="edge", label=row["name"])
-        axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=2)
-    figure.legend(loc="outside upper left", fontsize=8)
-    with common.whole(path) as part:
-        figure.savefig(part, format="png")
-
-
-def add_to_panel(rows, name, network, target, pairs):
-    """Add a checkpoint's prediction and errors to rows of image | predictions | truth | errors. A
-    wrong pixel has the colour of the prediction, a right one is grey, an unlabelled one black."""
-    for k, pair in enumerate(pairs[::-(-len(pairs) // PANELS)]):
+def add_to_panel(panel, name, network, target, pairs):
+    """Add a checkpoint's prediction and errors to the cells of some images, panel[image]. A wrong
+    pixel has the colour of the prediction, a right one is grey, an unlabelled one black."""
+    every = -(-len(pairs) // PANELS)
+    for pair in pairs[::every]:
         image, truth = read(target, SHORT_SIDE, PROTOCOL, pair)
         step = max(1, truth.shape[1] // 512)
         truth = truth[::step, ::step]
         label = segment(*network, image, truth.shape)
-        errors = common.colourise(label)
+        errors = COLOURS[label]
         errors[label == truth] = 225
         errors[truth == IGNORE] = 0
-        if k == len(rows):
-            rows.append([(pair[0].name, image), ("truth", truth)])
-        rows[k].insert(len(rows[k]) // 2, (name, label))
-        rows[k].append((f"errors of\n{name}", errors))
+        cells = panel.setdefault(pair, [(pair[0].name, image), ("truth", truth)])
+        cells += [(name, label), ("errors", errors)]
 
 
 # ---------------------------------------------------------------------------- main
 def label_pictures(run, file):
     """Label IMAGES; a.jpg becomes OUT/images/KIND/a.jpg.png, so no two meet. Raises Stop."""
-    folder = Path(IMAGES).resolve()
-    out = run.out.resolve()
-    if out.is_relative_to(folder) or folder.is_relative_to(out):
-        raise Stop(f"--IMAGES={IMAGES} and --OUT={OUT} lie in one another: name another --OUT")
-    kinds = ".png .jpg .jpeg .webp .bmp .tif .tiff"
-    paths = [path for path in Path(IMAGES).rglob("*") if path.suffix.lower() in kinds.split()]
+    folder = Path(IMAGES)
+    kinds = ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds)
     if not paths:
-        raise Stop(f"--IMAGES={IMAGES}: expected a folder with pictures ({kinds})")
+        raise Stop(f"--IMAGES={IMAGES}: expected a folder with pictures ({', '.join(kinds)})")
+    if run.out.resolve().is_relative_to(folder.resolve()):
+        raise Stop(f"--OUT={OUT} lies in --IMAGES={IMAGES}: name another --OUT")
     run.start()
-    encoder, decoder, _ = source_stage.load_model(file)
-    network = encoder.to(common.device()), decoder.to(common.device())
-    failed = []
-    for path in bar(sorted(paths), "labelling"):
+    network, failed = load(file), []
+    for path in bar(paths, "labelling"):
         try:
             image = common.read_image(path)
-            label = segment(*network, network_input(image, SHORT_SIDE), image.size[::-1])
-            overlay = np.array(image) // 2 + common.colourise(label) // 2
-            made = {"train_ids": label, "overlay": overlay}
-            label_ids = [row[1] for row in TABLE.values() if row[1:]]
-            if len(label_ids) == 19:                    # as Cityscapes' server takes them
-                made["label_ids"] = np.array(label_ids, np.uint8)[label]
-            for kind, array in made.items():
-                png = Path(OUT, "images", kind, f"{path.relative_to(IMAGES)}.png")
-                png.parent.mkdir(parents=True, exist_ok=True)
-                with common.whole(png) as part:
-                    Image.fromarray(array).save(part, "PNG")
-        except Exception as problem:    # one bad picture does not end the others
-            failed.append(f"\n  {path}: " + str(problem).removeprefix(f"{path} "))
+        except Stop as problem:         # one bad picture does not end the others
+            failed.append(f"\n{problem}")
+            continue
+        label = segment(*network, network_input(image, SHORT_SIDE), image.size[::-1])
+        overlay = np.array(image) // 2 + COLOURS[label] // 2
+        for kind, array in (("train_ids", label), ("overlay", overlay)):
+            with common.whole(f"{OUT}/images/{kind}/{path.relative_to(folder)}.png") as part:
+                Image.fromarray(array).save(part, "PNG")
     print(f"{file} labelled {len(paths) - len(failed)} of {len(paths)} pictures: {OUT}/images")
     if failed:
         raise Stop(f"{len(failed)} of {len(paths)} pictures failed:" + "".join(failed))
+
+
+def score_all(models, pairs):
+    """Score checkpoints {name: file} on targets {name: pairs} -> the rows of results.json, and of
+    the first six checkpoints the panels {title: {pair: cells}}. Raises Stop."""
+    rows, panels, contents = [], {}, {}
+    for target, files in pairs.items():
+        settings = f"{target} {PROTOCOL} {SHORT_SIDE} {HALF} {TABLE}"
+        contents[target] = digest(sum(files, ()), settings)
+    for name, file in models.items():
+        network, weights = load(file), digest([file])
+        targets = {}
+        for target, found in pairs.items():
+            title = Path(target).name
+            key = f"{file.parent.name}_{title}_{weights}_{contents[target]}"
+            path = f"{OUT}/confusion/{key}.npy"
+            matrix = score(*network, target, found, path, f"{name} on {title}")
+            miou, each = mean_iou(matrix)
+            targets[target] = {"miou": miou, "iou": each, "images": len(found), "confusion": path}
+            if PANELS and len(rows) < 6:
+                add_to_panel(panels.setdefault(title, {}), name, network, target, found)
+        mean = np.mean([found["miou"] for found in targets.values()])
+        rows.append({"name": name, "checkpoint": str(file), "targets": targets, "mean_miou": mean})
+    return rows, panels
 
 
 def main():
@@ -289,40 +273,16 @@ def main():
     models = checkpoints()
     if IMAGES:
         return label_pictures(run, list(models.values())[-1])
-    titles = dict(zip(TARGETS, short_names(TARGETS)))
     pairs = {target: common.pairs(target, "val") for target in TARGETS}
     run.start()
-    rows, contents, panels = [], {}, {}
-    for target, title in titles.items():
-        settings = f"{target} {PROTOCOL} {SHORT_SIDE} {HALF} {TABLE}"
-        contents[target] = digest(sum(pairs[target], ()), settings, f"reading {title}")
-    for name, file in models.items():
-        encoder, decoder, about = source_stage.load_model(file)
-        network = encoder.to(common.device()), decoder.to(common.device())
-        row = {"name": name, "checkpoint": str(file), "targets": {},
-               "iteration": about["constants"]["ITERATIONS"], "seed": about["constants"]["SEED"]}
-        for target, title in titles.items():
-            key = digest([file], contents[target])
-            path = Path(OUT, "confusion", f"{file.parent.name}_{Path(target).name}_{key}.npy")
-            matrix = score(*network, target, pairs[target], path, f"{name} on {title}")
-            miou, each = mean_iou(matrix)
-            row["targets"][target] = {
-                "miou": miou, "miou_all": mean_iou(matrix, CLASSES)[0], "iou": each,
-                "images": len(pairs[target]), "confusion": str(path)}
-            if PANELS and len(rows) < 6:
-                add_to_panel(panels.setdefault(title, []), name, network, target, pairs[target])
-        row["mean_miou"] = np.mean([target["miou"] for target in row["targets"].values()])
-        row["together"] = together(row["targets"])
-        rows.append(row)
-    common.write_text(Path(OUT, "results.md"), tables(rows))
-    print("\n" + tables(rows))
-    draw_classes(Path(OUT, "classes.png"), rows)
+    rows, panels = score_all(models, pairs)
+    text = tables(rows)
+    print("\n" + text)
+    common.write_text(run.out / "results.md", text)
     for title, panel in panels.items():
-        path = Path(OUT, "panels", f"{title}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        common.save_sheet(path, panel)
+        common.save_sheet(run.out / "panels" / f"{title}.png", list(panel.values()))
     run.finish()
-    results = {"preset": common.PRESET, "protocol": PROTOCOL, "classes": SCORED, "rows": rows}
+    results = {"protocol": PROTOCOL, "classes": SCORED, "rows": rows}
     common.write_text(run.result, json.dumps(results) + "\n")
 
 
