@@ -1,15 +1,11 @@
 """
-common: what the five stages share, and nothing of the method itself.
-
-    the run       presets, constants from the shell, run folders, files that are whole or not there
-    the labels    class names and colours, the ids of the data sets
-    the data      pairs of image and label, how each is read, sheets of pictures to look at
+common: what the five stages share, and nothing of the method itself: the run (presets, constants
+from the shell, folders, whole files), the labels (classes, colours, ids) and the data sets.
 """
 import ctypes
 import difflib
 import fcntl
 import json
-import logging
 import os
 import platform
 import signal
@@ -37,7 +33,7 @@ PRESET = os.environ.get("PRESET", "toy")
 RUN = os.path.normpath(os.environ.get("RUN") or f"runs/{PRESET}")
 DATA = os.path.normpath(os.environ.get("DATA") or "data")
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))        # more than one only under torchrun
-RANK = int(os.environ["RANK"]) if PROCESSES > 1 else 0
+RANK = int(os.environ.get("RANK", 0)) if PROCESSES > 1 else 0
 if PRESET not in PRESETS:
     sys.exit(f"PRESET={PRESET} is not a preset; there are: {', '.join(PRESETS)}")
 
@@ -49,6 +45,9 @@ def preset(toy, paper=None, **named):
 
 class Stop(Exception):
     """An error that the user can fix. launch() prints its message without a traceback."""
+
+
+AGAIN = "Put this right (is the disk full?) and run the same command again: what is made is whole"
 
 
 def constants(stage):
@@ -103,6 +102,7 @@ def launch(stage):
     """Run main() of a stage. What the user can fix ends in one line on stderr and status 1."""
     script = Path(stage["__file__"]).name
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # ended from outside: as Ctrl-C
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         override(stage, sys.argv[1:])
         if RANK:
@@ -113,12 +113,10 @@ def launch(stage):
     except KeyboardInterrupt:
         sys.exit(f"\n{script}: stopped. The same command goes on where this one was.")
     except torch.OutOfMemoryError:
-        sys.exit(f"{script}: the GPU's memory is full: HALF=True or a smaller batch needs less")
+        sys.exit(f"{script}: the GPU's memory is full. Lower BATCH or N_SOURCE, SAM_BATCH or "
+                 "SAM_CHUNK, GROUP, or set HALF=True; what is written is whole")
     except OSError as problem:
-        if not problem.filename:
-            raise
-        sys.exit(f"{script}: {problem.filename}: {problem.strerror}. What is written is whole: "
-                 "put this right and run the same command again")
+        sys.exit(f"{script}: {problem.filename}: {problem.strerror}. {AGAIN}")
 
 
 @lru_cache(1)
@@ -129,10 +127,9 @@ def device():
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.use_deterministic_algorithms(True)
-    if sys.platform == "linux":         # glibc faults freed memory in again: up to 8 times slower
-        no_mmap, no_trim, padding = (-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)
-        for option in (no_mmap, no_trim, padding):
-            ctypes.CDLL(None).mallopt(*option)
+    if sys.platform == "linux":     # or glibc returns memory and faults it in again: 8 times slower
+        for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):   # see mallopt(3)
+            ctypes.CDLL(None).mallopt(option, value)
     if PRESET != "toy":
         print(f"warning: no GPU: PRESET={PRESET} takes minutes per step. For CPUs: PRESET=toy")
     return torch.device("cpu")
@@ -152,17 +149,14 @@ def whole(path):
     """`with whole(path) as part:` write to `part`, which is renamed to `path` at the end: `path`
     is complete or not there. Of several processes only the first one's file is kept."""
     part = Path(f"{path}.{os.getpid()}.part")
-    try:
-        yield part
-        if RANK == 0:
-            os.replace(part, path)
-    except Exception as problem:    # torch, numpy and safetensors have own words for a full disk
-        words = ("No space left", "failed writing file", "unexpected pos", "requested and")
-        if any(word in str(problem) for word in words):
-            raise OSError(28, "No space left on device", str(path)) from problem
-        raise
-    finally:
-        part.unlink(missing_ok=True)
+    with explain(f"{path} cannot be written", AGAIN):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            if RANK == 0:
+                part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -193,14 +187,14 @@ def read_lines(path, *keys):
 class Run:
     """The folder of one stage: run.json, and the result, whose presence means finished.
 
-    free: constants that may change when a run goes on, besides *_EVERY and WORKERS.
-    Raises Stop if the folder was made with other constants."""
+    free: constants that may change when a run goes on, besides FREE. facts: what else is recorded
+    like a constant. Raises Stop if the folder was made with other constants."""
 
-    def __init__(self, stage, result, free=()):
+    def __init__(self, stage, result, free=(), **facts):
         self.out, self.stage = Path(stage["OUT"]), Path(stage["__file__"]).stem
         self.result, self.record = self.out / result, self.out / "run.json"
-        self.started, self.free = time.time(), (*FREE, *free)
-        self.constants = json.loads(json.dumps(constants(stage)))
+        self.free, self.started = FREE + free, time.time()
+        self.constants = json.loads(json.dumps(constants(stage) | facts))
         self.info = {"stage": self.stage, "constants": {}}
         if self.record.exists():
             self.info = read_lines(self.record, "stage", "constants")[0]
@@ -211,9 +205,9 @@ class Run:
 
     def compare(self, earlier):
         """Raise Stop if constants {name: value} of an earlier start differ from today's."""
-        for name, before in earlier.items():
-            now = self.constants.get(name, before)
-            if now != before and name not in self.free:
+        for name, now in self.constants.items():
+            before = earlier.get(name, now)
+            if before != now and name not in self.free:
                 raise Stop(f"{self.out} was made with {name}={before} (now {now}). Another "
                            f"experiment is another folder: --OUT={self.out}_{name.lower()}")
 
@@ -231,12 +225,15 @@ class Run:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Stop(f"{self.out} is in use by another job: wait for it") from None
-        cuda = torch.cuda.is_available()
+        for part in self.out.rglob("*.part"):       # left by a kill; no file takes an hour
+            if part.stat().st_mtime < time.time() - 3600:
+                part.unlink()
         git = ["git", "-C", HERE, "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        libraries = ("torch", "open_clip_torch", "timm", "transformers", "diffusers")
+        gpu = torch.cuda.is_available() and torch.cuda.get_device_name()
+        libraries = "torch", "open_clip_torch", "timm", "transformers", "diffusers"
         self.save(constants=self.constants, preset=PRESET, argv=sys.argv, commit=commit,
-                  device=torch.cuda.get_device_name() if cuda else platform.machine(),
+                  device=gpu or platform.machine(),
                   versions={library: version(library) for library in libraries})
 
     def save(self, **facts):
@@ -246,17 +243,10 @@ class Run:
     def finish(self, **facts):
         """Add time and memory to run.json. The stage's result is saved after this."""
         seconds = round(self.info.get("wall_seconds", 0) + time.time() - self.started, 1)
-        self.save(wall_seconds=seconds, peak_memory_gb=peak_memory(), **facts)
-        print(f"{self.stage}: {self.result} | {seconds} s | {peak_memory()} GB")
+        gigabytes = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
+        self.save(wall_seconds=seconds, gpu_memory_gb=gigabytes, **facts)
+        print(f"{self.stage}: {self.result} | {seconds} s")
 
-
-def peak_memory():
-    """Gigabytes of the GPU if there is one, otherwise of this process (0 where unknown)."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
-    status = Path("/proc/self/status")      # getrusage would count who started this process, too
-    text = status.read_text() if status.exists() else "VmHWM: 0 kB"
-    return round(int(text.partition("VmHWM:")[2].split()[0]) / 2 ** 20, 2)
 
 
 @contextmanager
@@ -269,54 +259,53 @@ def from_hub(what, instead):
             socket.create_connection((host, 443), 1).close()
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    logging.disable(logging.ERROR)      # libraries log the failure before they raise it
-    try:
-        with explain(f"{what} could not be loaded", instead):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def random(*numbers):
-    """A numpy generator that depends on these numbers alone: a run that goes on repeats it."""
-    return np.random.default_rng([int(n) for n in numbers])
+    with explain(f"{what} could not be loaded", instead):
+        yield
 
 
 # ============================================================================ the labels
 IGNORE = 255            # the train id of a pixel that must not teach and is not scored
-#                  colour         ids: Cityscapes and GTA5, SYNTHIA, Mapillary v1.2
-TABLE = {
-    "road":          ((128, 64, 128), 7, 3, (13, 24, 41)),
-    "sidewalk":      ((244, 35, 232), 8, 4, (2, 15)),
-    "building":      ((70, 70, 70), 11, 2, 17),
-    "wall":          ((102, 102, 156), 12, 21, 6),
-    "fence":         ((190, 153, 153), 13, 5, 3),
-    "pole":          ((153, 153, 153), 17, 7, (45, 47)),
-    "traffic light": ((250, 170, 30), 19, 15, 48),
-    "traffic sign":  ((220, 220, 0), 20, 9, 50),
-    "vegetation":    ((107, 142, 35), 21, 6, 30),
-    "terrain":       ((152, 251, 152), 22, 16, 29),
-    "sky":           ((70, 130, 180), 23, 1, 27),
-    "person":        ((220, 20, 60), 24, 10, 19),
-    "rider":         ((255, 0, 0), 25, 17, (20, 21, 22)),
-    "car":           ((0, 0, 142), 26, 8, 55),
-    "truck":         ((0, 0, 70), 27, 18, 61),
-    "bus":           ((0, 60, 100), 28, 19, 54),
-    "train":         ((0, 80, 100), 31, 20, 58),
-    "motorcycle":    ((0, 0, 230), 32, 12, 57),
-    "bicycle":       ((119, 11, 32), 33, 11, 52)}
-TOY = ("road", "sidewalk", "building", "fence", "pole", "traffic sign", "vegetation", "sky",
-       "person", "car", "bus", "bicycle")
+TABLE = """
+road          | 128  64 128 |  7 |  3 | 13 24 41
+sidewalk      | 244  35 232 |  8 |  4 | 2 15
+building      |  70  70  70 | 11 |  2 | 17
+wall          | 102 102 156 | 12 | 21 | 6
+fence         | 190 153 153 | 13 |  5 | 3
+pole          | 153 153 153 | 17 |  7 | 45 47
+traffic light | 250 170  30 | 19 | 15 | 48
+traffic sign  | 220 220   0 | 20 |  9 | 50
+vegetation    | 107 142  35 | 21 |  6 | 30
+terrain       | 152 251 152 | 22 | 16 | 29
+sky           |  70 130 180 | 23 |  1 | 27
+person        | 220  20  60 | 24 | 10 | 19
+rider         | 255   0   0 | 25 | 17 | 20 21 22
+car           |   0   0 142 | 26 |  8 | 55
+truck         |   0   0  70 | 27 | 18 | 61
+bus           |   0  60 100 | 28 | 19 | 54
+train         |   0  80 100 | 31 | 20 | 58
+motorcycle    |   0   0 230 | 32 | 12 | 57
+bicycle       | 119  11  32 | 33 | 11 | 52
+"""     # class, colour, its ids in: Cityscapes and GTA5 (column 1), SYNTHIA (2), Mapillary v1.2 (3)
+TOY = ("road, sidewalk, building, fence, pole, traffic sign, vegetation, sky, person, car, bus, "
+       "bicycle").split(", ")
+
+
+def read_table(text):
+    """Lines `class | colour | ids | ids ...` -> {class: [colour, ids, ids ...]}, of tuples"""
+    table = {}
+    for line in text.strip().splitlines():
+        name, *columns = line.split("|")
+        table[name.strip()] = [tuple(map(int, column.split())) for column in columns]
+    return table
+
+
+TABLE = read_table(TABLE)       # classes of your own are another such table
 TABLE = preset(toy={name.split()[-1]: TABLE[name] for name in TOY}, paper=TABLE)
-CLASSES = list(TABLE)   # for classes of your own make TABLE a table of names and colours
+CLASSES = list(TABLE)
 
 
-def colourise(label):
-    """uint8 (H, W) train ids -> uint8 (H, W, 3) in the classes' colours; IGNORE is black."""
-    colours = np.zeros((256, 3), np.uint8)
-    colours[:len(CLASSES)] = [row[0] for row in TABLE.values()]
-    return colours[label]
-
+COLOURS = np.zeros((256, 3), np.uint8)      # COLOURS[label] is a picture; IGNORE is black
+COLOURS[:len(CLASSES)] = [row[0] for row in TABLE.values()]
 
 # ============================================================================ the data
 # one row per data set: the column of its ids in TABLE (0: its labels hold train ids), its images
@@ -324,16 +313,19 @@ def colourise(label):
 LAYOUTS = {
     "gta": (1, "gta/images/*.png", {"/images/": "/labels/"}, (24_904, 24_904)),
     "synthia": (2, "synthia/RGB/*.png", {"/RGB/": "/GT/LABELS/"}, (9_400, 9_400)),
+    "urbansyn": (0, "urbansyn/rgb/rgb_*.png", {"/rgb/rgb_": "/ss/ss_"}, (7_539, 7_539)),
     "cityscapes": (1, "cityscapes/leftImg8bit/{split}/*/*_leftImg8bit.png",
                    {"/leftImg8bit/": "/gtFine/", "_leftImg8bit": "_gtFine_labelIds"}, (2_975, 500)),
     "bdd": (0, "bdd100k/images/10k/{split}/*.jpg",
             {"/images/10k/": "/labels/sem_seg/masks/"}, (7_000, 1_000)),
     "mapillary": (3, "mapillary/{split}*/images/*.jpg",
-                  {"/images/": "/labels/"}, (18_000, 2_000))}
-for weather, val in {"": 406, "_fog": 100, "_night": 106, "_rain": 100, "_snow": 100}.items():
-    LAYOUTS[f"acdc{weather}"] = (0, f"acdc/rgb_anon/{weather[1:] or '*'}/{{split}}/**/*_anon.png",
-                                 {"/rgb_anon/": "/gt/", "_rgb_anon": "_gt_labelTrainIds"},
-                                 (400 if weather else 1_600, val))
+                  {"/images/": "/labels/"}, (18_000, 2_000)),
+    "acdc": (0, "acdc/rgb_anon/*/{split}/**/*_anon.png",
+             {"/rgb_anon/": "/gt/", "_rgb_anon": "_gt_labelTrainIds"}, (1_600, 406))}
+for weather, val in {"fog": 100, "night": 106, "rain": 100, "snow": 100}.items():
+    ids, pattern, changes, _ = LAYOUTS["acdc"]
+    LAYOUTS[f"acdc_{weather}"] = ids, pattern.replace("*", weather, 1), changes, (400, val)
+FOLDER = (0, "images/*[gG]", {"/images/": "/labels/"}, None)        # .png, .jpg, .jpeg
 # of these label and image differ in size; the official list leaves them out as well
 GTA_LEFT_OUT = {f"{i:05d}" for i in (15188, 17705, *range(20801, 20861))}
 
@@ -341,14 +333,13 @@ GTA_LEFT_OUT = {f"{i:05d}" for i in (15188, 17705, *range(20801, 20861))}
 def pairs(name, split):
     """All (image, label) paths of a data set, sorted. `folder:PATH` means PATH/images, and PNGs
     of train ids with the same stems in PATH/labels. split: "train" or "val". Raises Stop."""
-    own_folder = (0, "images/*[gG]", {"/images/": "/labels/"}, None)        # .png, .jpg, .jpeg
     root = Path(name[7:] if name.startswith("folder:") else DATA)
     if name not in LAYOUTS and not name.startswith("folder:"):
         raise Stop(f"{name} is not a data set: there are {', '.join(LAYOUTS)}, folder:PATH")
     if root.parent == Path(DATA, "toy") and not root.exists():
         print(f"drawing the miniature world into {root.parent} (about a minute, once)")
         subprocess.run([sys.executable, HERE / "tests/toy/world.py", root.parent], check=True)
-    _, pattern, changes, official = LAYOUTS.get(name, own_folder)
+    _, pattern, changes, official = LAYOUTS.get(name, FOLDER)
     found = []
     for image in sorted(root.glob(pattern.format(split=split))):
         label = f"/{image.relative_to(root).with_suffix('.png')}"
@@ -386,12 +377,13 @@ def read_label(path, name, size):
         exact = file.format != "JPEG" and label.dtype.kind in "iub"
         assert exact, f"{file.format} of {label.dtype}: expected integer ids, kept exactly"
         assert label.shape == size[::-1], f"{label.shape}, but its image is {size[::-1]}"
-        column = LAYOUTS[name][0] if name in LAYOUTS else 0
+        column = LAYOUTS.get(name, FOLDER)[0]
         table = np.full(256, IGNORE, np.uint8)
         for train_id, row in enumerate(TABLE.values()):
-            table[np.atleast_1d(row[column] if column else train_id)] = train_id
-        strange = np.setdiff1d(label, (*range(len(CLASSES)), IGNORE)) if not column else ()
-        assert not len(strange), f"ids {strange}: expected 0 to {len(CLASSES) - 1}, or {IGNORE}"
+            table[list(row[column] if column else [train_id])] = train_id
+        strange = np.setdiff1d(label, (*range(len(CLASSES)), IGNORE))
+        if column == 0 and name != "urbansyn":      # there, 19 has no label
+            assert not len(strange), f"ids {strange}: expected 0 to {len(CLASSES) - 1}, or {IGNORE}"
         return table[np.clip(label, 0, 255)]
 
 
@@ -405,12 +397,11 @@ def save_sheet(path, rows):
     for axes in grid.flat:
         axes.axis("off")
     for axes, (title, array) in zip(grid.flat, sum(rows, [])):
-        axes.imshow(colourise(array) if array.ndim == 2 else array)
+        axes.imshow(COLOURS[array] if array.ndim == 2 else array)
         axes.set_title(title, fontsize=7, parse_math=False)
     if any(array.ndim == 2 for _, array in rows[0]):
-        ids = [*range(len(CLASSES)), IGNORE]
-        patches = [Patch(color=colour / 255) for colour in colourise(np.array(ids))]
-        names = [*CLASSES, "no label"]
-        figure.legend(patches, names, loc="outside lower center", ncols=3 * columns, fontsize=7)
+        patches = [Patch(color=row[0] / np.array(255)) for row in TABLE.values()]
+        figure.legend([*patches, Patch(color="black")], [*CLASSES, "no label"], fontsize=7,
+                      loc="outside lower center", ncols=3 * columns)
     with whole(path) as part:
         figure.savefig(part, format="png")

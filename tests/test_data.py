@@ -87,6 +87,7 @@ def png16(path, pixels):
 @pytest.mark.parametrize("name, image, label", [
     ("gta", "gta/images/00001.png", "gta/labels/00001.png"),
     ("synthia", "synthia/RGB/0000000.png", "synthia/GT/LABELS/0000000.png"),
+    ("urbansyn", "urbansyn/rgb/rgb_0001.png", "urbansyn/ss/ss_0001.png"),
     ("cityscapes", "cityscapes/leftImg8bit/val/bonn/bonn_0_leftImg8bit.png",
      "cityscapes/gtFine/val/bonn/bonn_0_gtFine_labelIds.png"),
     ("bdd", "bdd100k/images/10k/val/a.jpg", "bdd100k/labels/sem_seg/masks/val/a.png"),
@@ -168,6 +169,11 @@ def test_every_id_becomes_its_train_id(paper, put, name, ids, make):
     assert label[0].tolist() == [ids.get(k, IGNORE) for k in range(256)]
 
 
+def test_what_is_no_class_of_urbansyn_has_no_label(paper, put):
+    path = put("a.png", np.array([[0, 18, 19, 255]]))
+    assert paper.read_label(path, "urbansyn", (4, 1)).tolist() == [[0, 18, IGNORE, IGNORE]]
+
+
 def test_every_id_of_synthia_is_reds_low_byte_of_sixteen_bits(paper, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 2 ** 16, (3, 256, 3)).astype(np.uint16)
     pixels[..., 0] = EVERY_ID                   # green holds the number of the object
@@ -178,7 +184,7 @@ def test_every_id_of_synthia_is_reds_low_byte_of_sixteen_bits(paper, tmp_path):
 
 def test_names_colours_and_ids_are_those_of_cityscapesscripts(paper):
     labels = pytest.importorskip("cityscapesscripts.helpers.labels").labels
-    ours = [(name, row[0], row[1]) for name, row in paper.TABLE.items()]
+    ours = [(name, row[0], *row[1]) for name, row in paper.TABLE.items()]
     theirs = {row.trainId: (row.name, row.color, row.id) for row in labels if not row.ignoreInEval}
     assert ours == [theirs[train_id] for train_id in range(19)]
 
@@ -193,7 +199,7 @@ def test_the_toy_preset_names_twelve_classes_with_the_same_colours(paper):
 def test_a_label_in_colour(paper):
     label = np.array([[0, 13, 18, IGNORE]], np.uint8)
     colours = [[128, 64, 128], [0, 0, 142], [119, 11, 32], [0, 0, 0]]
-    assert paper.colourise(label)[0].tolist() == colours
+    assert paper.COLOURS[label][0].tolist() == colours
 
 
 # ---------------------------------------------------------------------------- labels

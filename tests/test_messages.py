@@ -206,7 +206,7 @@ def test_a_data_set_that_is_not_there(refused, say, tmp_path):
     message = say("03_train_source", "--SOURCE=gta")
     assert "no images at" in message and "PRESET=toy" in message
     message = refused("03_train_source", "--SOURCE=cityscape")
-    assert "cityscape is not a data set: there are gta, synthia, cityscapes, bdd" in message
+    assert "cityscape is not a data set: there are gta, synthia, urbansyn, cityscapes, bdd" in message
     assert "no images at" in say("03_train_source", f"--SOURCE=folder:{tmp_path}/none")
     (tmp_path / "empty/images").mkdir(parents=True)
     assert "no images at" in say("03_train_source", f"--SOURCE=folder:{tmp_path}/empty")
@@ -411,7 +411,8 @@ def test_a_full_disk_is_named_and_leaves_whole_files_only(monkeypatch, tmp_path,
     monkeypatch.setattr(sys, "argv", ["stage.py"])
     with pytest.raises(SystemExit) as stopped:
         common.launch({"main": main, "__file__": "stage.py", "__doc__": "", "RULES": ""})
-    assert stopped.value.code.startswith(f"stage.py: {path}: No space left on device")
+    assert stopped.value.code.startswith(f"stage.py: {path} cannot be written")
+    assert "is the disk full?" in stopped.value.code
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.file"]
 
 

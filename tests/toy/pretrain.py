@@ -352,7 +352,7 @@ def clip(minutes):
 
     def loss_of(step):
         crops, words, present = clip_batch((images, labels, instances, jobs),
-                                           common.random(1, step))
+                                           np.random.default_rng((1, step)))
         return clip_loss(model, helper, crops, encode(words), present)
 
     model.visual.to(memory_format=torch.channels_last)
@@ -494,7 +494,7 @@ def sam(minutes):
 
     def loss_of(step):
         step += begun
-        random = common.random(2, step)
+        random = np.random.default_rng((2, step))
         n_points = SAM_POINTS[step % 8]
         chosen = random.integers(0, len(jobs), SAM_SCENES)
         x = model.preprocess(to_batch(images, chosen).float())
@@ -556,7 +556,7 @@ def train_autoencoder(name, model, images, minutes):
     model.to(memory_format=torch.channels_last)
 
     def loss_of(step):
-        random = common.random(3, step)
+        random = np.random.default_rng((3, step))
         which = random.integers(0, len(images), 16)
         rows = random.integers(0, 9, 16) * 8
         columns = random.integers(0, 25, 16) * 8
@@ -641,7 +641,7 @@ def new_diffusion(tokens):
 
 @lru_cache(2)
 def permutation(n, epoch):
-    return common.random(4, epoch, 1).permutation(n)
+    return np.random.default_rng((4, epoch, 1)).permutation(n)
 
 
 def draw_photos(latents, texts, step, random):
@@ -694,7 +694,7 @@ def diffusion(minutes):
     noise = DDPMScheduler(**NOISE)
 
     def loss_of(step):
-        random = common.random(4, begun + step)
+        random = np.random.default_rng((4, begun + step))
         z, words = draw_photos(latents, texts, begun + step, random)
         ids = tokenizer(words, padding="max_length", truncation=True, max_length=CONTEXT,
                         return_tensors="pt").input_ids
@@ -800,7 +800,7 @@ def llm(minutes):
         return tokenizer(text, add_special_tokens=False).input_ids
 
     def loss_of(step):
-        random = common.random(5, step)
+        random = np.random.default_rng((5, step))
         rows, starts = [], []
         for _ in range(10):
             ask, answer = talk(random, naming)

@@ -416,7 +416,7 @@ def draw_figure4(path, image, encoder, teacher):
         embedding = sam.image_encoder(sam.preprocess(pixels.float()))[0]
         scores = stage.source_stage.predict(encoder, teacher, pixels.to(common.device()))
         label = scores[0].argmax(0).cpu()
-        refined, points = stage.refine(sam, embedding, label, common.random(0, 0, 4))
+        refined, points = stage.refine(sam, embedding, label, np.random.default_rng((0, 0, 4)))
         masks = stage.sam_masks(sam, embedding, torch.from_numpy(points), label.shape).numpy()
     piece, _, area = stage.components(label.byte().numpy())
     first_x, first_y = points[:, 0].astype(int).T

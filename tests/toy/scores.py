@@ -102,7 +102,7 @@ def label_scenes(stage, sam, oracle, scenes):
         if oracle == "true masks":
             embedding = torch.from_numpy(truth).long()
         if stage.REFINE != "off":
-            label, _ = stage.refine(sam, embedding, label, common.random(0, number, 4))
+            label, _ = stage.refine(sam, embedding, label, np.random.default_rng((0, number, 4)))
         found = label.byte().numpy()
         matrix = matrix + evaluate.confusion(truth, found, len(common.CLASSES))
         pixels += truth.size
