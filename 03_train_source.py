@@ -8,28 +8,28 @@
     time  toy: see README; paper: 40,000 steps on one GPU
 
 The encoder E is a CNN tower of CLIP. It stays frozen: that is cheaper, and features which have seen
-the whole web are not bent towards one video game. Only the decoder D learns. It is a Mask2Former:
-a set of queries, each of which predicts one mask and the class of that mask. In every image, each
-class that is there is matched to one query, which learns that class and its mask; all other queries
-learn "no object" (eq. 1).
+the whole web are not bent towards one video game. Only the decoder D learns, a Mask2Former: a set
+of queries, each of which predicts one mask and its class. Each class of an image is matched to one
+query, which learns that class and its mask; all other queries learn "no object" (eq. 1).
 
 It worked if the loss falls within the first hundred steps, and if the second column of the previews
 begins to look like the third."""
 import json
 import time
 import zipfile
+from collections import Counter
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 from scipy.optimize import linear_sum_assignment
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2.functional import adjust_hue
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms.v2.functional import adjust_hue, pad, pil_to_tensor
 from tqdm import tqdm
 
 import common
@@ -65,7 +65,7 @@ SCHEDULE = preset(toy="poly", paper="constant", synthia="poly")     # official; 
 WARMUP = preset(toy=50, paper=0)                    # steps
 WEIGHT_DECAY = 0.05                                 # paper 4.1
 GRAD_CLIP = preset(toy=1.0, paper=0.01)             # global norm; 0.01 as Mask2Former
-HALF = False                                        # bfloat16 in forward passes; official: float32
+HALF = preset(toy=False, paper=True)                # bfloat16 in forward passes; official: float32
 SEED = 0
 # running
 WORKERS = preset(toy=0, paper=8)                    # processes that read; 0 is best on two cores
@@ -74,27 +74,19 @@ SAVE_EVERY = preset(toy=100, paper=1_000)
 PREVIEW_EVERY = preset(toy=300, paper=2_000)
 
 TRAINING_RULES = """
-len(OUT.strip()) > 0
-len(set(SOURCE)) == len(SOURCE) > 0
+len(OUT.strip()) > 0 and len(set(SOURCE)) == len(SOURCE) > 0
 len(LOSS_WEIGHTS) == 3 and all(0 <= weight <= 1000 for weight in LOSS_WEIGHTS)
-0 <= NO_OBJECT <= 1
-4 <= POINTS <= 10 ** 6
-UNLABELLED in ("ignore", "negative")
-1 <= ITERATIONS <= 10 ** 8
+0 <= NO_OBJECT <= 1 and 4 <= POINTS <= 10 ** 6 and UNLABELLED in ("ignore", "negative")
 len(CROP) == 2 and all(32 <= side <= 8192 and side % 32 == 0 for side in CROP)
 len(SCALE) == 2 and 0.01 <= SCALE[0] <= SCALE[1] <= 100
-0 < LR <= 1 and 0 <= ENCODER_LR <= 100
-SCHEDULE in ("constant", "poly")
-0 <= WARMUP <= 10 ** 8
-0 <= WEIGHT_DECAY <= 10 and 0 < GRAD_CLIP <= 10 ** 6
-0 <= SEED <= 10 ** 9
-0 <= WORKERS <= 256
+0 < LR <= 1 and 0 <= ENCODER_LR <= 100 and SCHEDULE in ("constant", "poly")
+0 <= WARMUP <= 10 ** 8 and 0 <= WEIGHT_DECAY <= 10 and 0 < GRAD_CLIP <= 10 ** 6
+1 <= ITERATIONS <= 10 ** 8 and 0 <= SEED <= 10 ** 9 and 0 <= WORKERS <= 256
 min(LOG_EVERY, SAVE_EVERY, PREVIEW_EVERY) >= 1
 """
 RULES = TRAINING_RULES + """
-32 <= DIM <= 4096 and DIM % 32 == 0
-len(CLASSES) <= QUERIES <= 10_000
-0 <= LAYERS <= 100 and 0 <= PIXEL_LAYERS <= 100 and 1 <= HIDDEN <= 100_000
+32 <= DIM <= 4096 and DIM % 32 == 0 and 1 <= HIDDEN <= 100_000
+len(CLASSES) <= QUERIES <= 10_000 and 0 <= LAYERS <= 100 and 0 <= PIXEL_LAYERS <= 100
 1 <= BATCH <= 10_000
 """
 
@@ -107,7 +99,6 @@ def colour_jitter(image, random):
     image uint8 (3, H, W) RGB, random: a numpy generator -> the same shape"""
     def clip(x):
         return x.clamp(0, 255).to(torch.uint8)
-
     brightness, contrast, saturation, hue, contrast_first = random.random(5) < .5
     factor = random.uniform(.5, 1.5) if contrast else 1
     if brightness:
@@ -129,25 +120,24 @@ def scale_and_crop(image, label, random, crop, scale, fill):
     image PIL RGB, label uint8 (H, W), crop (h, w), scale (lowest, highest), fill: RGB of what lies
     outside, where the label is IGNORE -> uint8 (3, h, w), int64 (h, w)"""
     factor = random.uniform(*scale)
-    height, width = np.minimum(crop, np.round(np.array(label.shape) * factor)).astype(int)
-    seen = np.minimum((height / factor, width / factor), label.shape)
-    top, left = random.uniform(0, label.shape - seen)
-    box = (left, top, left + seen[1], top + seen[0])
-    pixels = np.array(image.resize((width, height), Image.BILINEAR, box=box))
-    ids = np.array(Image.fromarray(label).resize((width, height), Image.NEAREST, box=box))
-
-    out = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1).repeat(1, *crop)
-    pixels = colour_jitter(torch.from_numpy(pixels).permute(2, 0, 1), random)
-    out[:, :height, :width] = pixels                            # the padding keeps its colour
-    target = torch.full(crop, IGNORE)
-    target[:height, :width] = torch.from_numpy(ids)
-    return (out.flip(2), target.flip(1)) if random.random() < .5 else (out, target)
+    inside = np.minimum(crop[::-1], np.round(np.multiply(image.size, factor)))  # width and height
+    seen = np.minimum(inside / factor, image.size)          # what is inside, in the image's pixels
+    top, left = random.uniform(0, (image.size - seen)[::-1])
+    right, bottom = (left, top) + seen
+    box = (left, top, right, bottom)
+    size = inside.astype(int)
+    pixels = pil_to_tensor(image.resize(size, Image.BILINEAR, box=box))
+    ids = pil_to_tensor(Image.fromarray(label).resize(size, Image.NEAREST, box=box))
+    outside = [0, 0, *(crop[::-1] - size)]                  # left, top, right, bottom
+    pixels = pad(colour_jitter(pixels, random), outside, fill)
+    ids = pad(ids, outside, IGNORE)[0].long()
+    flipped = [-1] if random.random() < .5 else []
+    return pixels.flip(flipped), ids.flip(flipped)
 
 
 def shuffled(n, seed, i):
     """The i-th of an endless stream that has each of n numbers once per epoch."""
-    epoch, position = divmod(i, n)
-    return common.random(seed, epoch, 1).permutation(n)[position]
+    return np.random.default_rng((seed, i // n, 1)).permutation(n)[i % n]
 
 
 class SourceCrops(Dataset):
@@ -156,13 +146,13 @@ class SourceCrops(Dataset):
 
     def __init__(self, names, seed, crop, scale, fill=(0, 0, 0)):
         self.found = [(*pair, name) for name in names for pair in common.pairs(name, "train")]
-        self.seed, self.crop, self.scale, self.fill = seed, tuple(crop), scale, fill
+        self.seed, self.crop, self.scale, self.fill = seed, crop, scale, fill
 
     def __getitem__(self, i):
         image_path, label_path, name = self.found[shuffled(len(self.found), self.seed, i)]
         image = common.read_image(image_path)
         label = common.read_label(label_path, name, image.size)
-        random = common.random(self.seed, i, 2)
+        random = np.random.default_rng((self.seed, i, 2))
         return scale_and_crop(image, label, random, self.crop, self.scale, self.fill)
 
 
@@ -176,30 +166,28 @@ def batches(dataset, size, first, last, workers):
 
 
 # ---------------------------------------------------------------------------- encoder
-def load_open_clip(model):
-    """A CNN tower of open_clip, NAME/TAG or local-dir:PATH -> (module, channels, mean, std)."""
-    import open_clip
-    local = model.startswith("local-dir:")
-    name, tag = (model, None) if local else model.rsplit("/", 1)
-    # open_clip creates in training mode, where a pass would move BatchNorm's statistics
-    tower = open_clip.create_model(name, pretrained=tag, require_pretrained=True).visual.eval()
-    if hasattr(tower, "trunk"):
-        channels = [stage["num_chs"] for stage in tower.trunk.feature_info]
-    else:
-        stages = (tower.layer1, tower.layer2, tower.layer3, tower.layer4)
-        channels = [stage[-1].bn3.num_features for stage in stages]
-    return tower, channels, tower.image_mean, tower.image_std
-
-
-def load_timm(model):
-    """A CNN or a plain ViT of timm -> (module, channels, mean, std)."""
-    import timm
-    options = dict(pretrained=True, features_only=True)
-    body = timm.create_model(model, out_indices=(-4, -3, -2, -1), **options)
-    strides, channels = body.feature_info.reduction(), body.feature_info.channels()
-    if strides[0] == strides[3]:
-        body = PlainViT(timm.create_model(model, dynamic_img_size=True, **options), strides[0])
-    return body, channels, body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
+def load_library(name):
+    """The encoder that LIBRARY:MODEL names -> (module, mean, std of its pictures). Raises Stop."""
+    library, _, model = name.partition(":")
+    if library == "open_clip":                          # a CNN tower, NAME/TAG
+        import open_clip
+        local = model.startswith("local-dir:")
+        model, tag = (model, None) if local else model.rsplit("/", 1)
+        tower = open_clip.create_model(model, pretrained=tag, require_pretrained=True).visual
+        return tower, tower.image_mean, tower.image_std
+    if library == "timm":                               # a CNN, or a plain ViT
+        import timm
+        options = {"pretrained": True, "features_only": True, "out_indices": (-4, -3, -2, -1)}
+        body = timm.create_model(model, **options)
+        about, strides = body.pretrained_cfg, body.feature_info.reduction()
+        if strides[0] == strides[3]:
+            body = PlainViT(timm.create_model(model, dynamic_img_size=True, **options), strides[0])
+        return body, about["mean"], about["std"]
+    if library == "transformers":                       # a SegFormer
+        from transformers import SegformerModel
+        body = SegformerModel.from_pretrained(model.removeprefix("local-dir:"))
+        return body, (.485, .456, .406), (.229, .224, .225)
+    raise Stop(f"ENCODER={name}: expected open_clip:, timm: or transformers: and a model")
 
 
 class PlainViT(nn.Module):
@@ -207,7 +195,7 @@ class PlainViT(nn.Module):
 
     def __init__(self, body, patch):
         super().__init__()
-        self.body, self.scale, self.pretrained_cfg = body, patch / 16, body.pretrained_cfg
+        self.body, self.scale = body, patch / 16
         depth = len(body.feature_info.info)
         body.out_indices = [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
 
@@ -217,39 +205,32 @@ class PlainViT(nn.Module):
                 for block, factor in zip(blocks, (4, 2, 1, .5))]
 
 
-def load_transformers(model):
-    """A SegFormer encoder of transformers -> (module, channels, mean, std)."""
-    from transformers import SegformerModel
-    body = SegformerModel.from_pretrained(model.removeprefix("local-dir:"))
-    return body, body.config.hidden_sizes, (.485, .456, .406), (.229, .224, .225)
-
-
 class Encoder(nn.Module):
-    """E of paper 3.1: four feature maps, at strides 4, 8, 16 and 32.
-
-    name: LIBRARY:MODEL, see ENCODER. frozen: no gradients, and always in eval mode.
-    Raises Stop if the weights cannot be had."""
+    """E of paper 3.1: four feature maps, at strides 4, 8, 16 and 32. name: LIBRARY:MODEL. frozen:
+    no gradients, and always in eval mode. Raises Stop if the weights cannot be had."""
 
     def __init__(self, name, frozen=True):
         super().__init__()
         self.name, self.is_pretrained = name, True          # the weights are still the library's
-        self.library, _, model = name.partition(":")
-        load = {"open_clip": load_open_clip, "timm": load_timm,
-                "transformers": load_transformers}.get(self.library)
-        if load is None:
-            raise Stop(f"ENCODER={name}: expected open_clip:, timm: or transformers: and a model")
+        self.library = name.partition(":")[0]
         with common.from_hub(f"the encoder {name}", "connect to the hub once, or name a folder: "
                              f"--ENCODER={self.library}:local-dir:PATH"):
-            self.body, self.channels, mean, std = load(model)
+            self.body, mean, std = load_library(name)
         self.body.to(memory_format=torch.channels_last)     # a fifth faster on a CPU
         self.fill = tuple(round(255 * m) for m in mean)     # a padding that is 0 once normalised
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        mean, std = torch.tensor((mean, std)).view(2, 1, 3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        self.freeze(True)
+        self.channels = [maps.shape[1] for maps in self(torch.zeros(1, 3, 64, 64))]
         self.freeze(frozen)
 
     def freeze(self, frozen):
-        self.frozen, self.is_pretrained = frozen, self.is_pretrained and frozen
+        self.frozen = frozen
+        self.is_pretrained = self.is_pretrained and frozen
         self.requires_grad_(not frozen).train()
+        if not frozen and hasattr(self.body, "set_grad_checkpointing"):
+            self.body.set_grad_checkpointing()      # ConvNeXt-L: 27 GB less
 
     def train(self, mode=True):
         # frozen: neither BatchNorm's statistics nor DropPath may move
@@ -276,14 +257,16 @@ def convolution(channels, dim, size, **options):
 
 
 def resize(maps, size):
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    return F.interpolate(maps, size, mode="bilinear")
 
 
-def position(height, width, dim, device):
-    """Mask2Former's sine code of a grid, (1, H * W, dim): half of it for y, half for x."""
-    y, x = (torch.arange(1, n + 1, device=device) / n * 2 * torch.pi for n in (height, width))
-    grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)[..., None]
-    angle = grid / 10_000 ** (torch.arange(dim // 4, device=device) / (dim // 4))
+def position(maps):
+    """Mask2Former's sine code of maps (B, D, h, w): half for y, half for x -> (1, h * w, D)."""
+    dim, height, width = maps.shape[1:]
+    y = torch.arange(1, height + 1, device=maps.device) / height
+    x = torch.arange(1, width + 1, device=maps.device) / width
+    grid = 2 * torch.pi * torch.cartesian_prod(y, x)[..., None]
+    angle = grid / 10_000 ** (torch.arange(dim // 4, device=maps.device) / (dim // 4))
     return torch.cat((angle.sin(), angle.cos()), -1).flatten(1)[None]
 
 
@@ -300,14 +283,11 @@ class PixelLayer(nn.Module):
 
     def forward(self, maps):
         """Maps (B, D, h, w) at strides 8, 16, 32 -> the same"""
+        finer = [0, *(F.avg_pool2d(x, 2) for x in maps[:-1])]
+        coarser = [*(F.interpolate(x, scale_factor=2, mode="bilinear") for x in maps[1:]), 0]
         out = []
-        for i, x in enumerate(maps):
-            near = x
-            if i > 0:
-                near = near + F.avg_pool2d(maps[i - 1], 2)
-            if i + 1 < len(maps):
-                near = near + resize(maps[i + 1], x.shape[-2:])
-            x = self.norms[0](x + self.mix(near))
+        for x, fine, coarse in zip(maps, finer, coarser):
+            x = self.norms[0](x + self.mix(x + fine + coarse))
             out.append(self.norms[1](x + self.feed(x)))
         return out
 
@@ -317,7 +297,6 @@ class QueryLayer(nn.Module):
 
     def __init__(self, dim, heads, hidden):
         super().__init__()
-        self.heads = heads
         self.cross = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.self_ = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.feed = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
@@ -325,7 +304,7 @@ class QueryLayer(nn.Module):
 
     def forward(self, queries, embed, memory, code, hidden):
         """hidden bool (B, Q, N): where a query must not attend"""
-        hidden = hidden.repeat_interleave(self.heads, 0)
+        hidden = hidden.repeat_interleave(self.cross.num_heads, 0)
         attended, _ = self.cross(queries + embed, memory + code, memory, attn_mask=hidden,
                                  need_weights=False)
         queries = self.norms[0](queries + attended)
@@ -336,20 +315,20 @@ class QueryLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """D of paper 3.1: Mask2Former's, with PixelLayers in place of deformable attention.
-
-    channels: of the encoder's four maps; classes: C, without "no object"."""
+    """D of paper 3.1: Mask2Former's, with PixelLayers in place of deformable attention. channels:
+    of the encoder's four maps; classes: C, without "no object"."""
 
     def __init__(self, channels, classes, dim, queries, layers, hidden, pixel_layers, heads=8):
         super().__init__()
         self.sizes = dict(channels=list(channels), classes=classes, dim=dim, queries=queries,
                           layers=layers, hidden=hidden, pixel_layers=pixel_layers, heads=heads)
 
-        def normed(*layers):
-            return nn.Sequential(*layers, nn.GroupNorm(min(32, dim // 4), dim))
-        self.lateral = nn.ModuleList(normed(convolution(c, dim, 1)) for c in channels)
+        def normed(channels, size):
+            layer = convolution(channels, dim, size)
+            return nn.Sequential(layer, nn.GroupNorm(min(32, dim // 4), dim))
+        self.lateral = nn.ModuleList(normed(c, 1) for c in channels)
         self.pixel_layers = nn.ModuleList(PixelLayer(dim, hidden) for _ in range(pixel_layers))
-        self.smooth = nn.ModuleList(normed(convolution(dim, dim, 3)) for _ in channels)
+        self.smooth = nn.ModuleList(normed(dim, 3) for _ in channels)
         self.mask_features = convolution(dim, dim, 1)
         self.layers = nn.ModuleList(QueryLayer(dim, heads, hidden) for _ in range(layers))
         # Xavier as in Mask2Former; PixelLayer.mix, which it does not have, begins small with it
@@ -357,9 +336,11 @@ class Decoder(nn.Module):
             for weight in part.parameters():
                 if weight.dim() > 1:
                     nn.init.xavier_uniform_(weight)
-        self.query, self.query_embed = nn.Embedding(queries, dim), nn.Embedding(queries, dim)
+        self.query = nn.Embedding(queries, dim)
+        self.query_embed = nn.Embedding(queries, dim)
         self.level_embed = nn.Embedding(3, dim)
-        self.norm, self.class_head = nn.LayerNorm(dim), nn.Linear(dim, classes + 1)
+        self.norm = nn.LayerNorm(dim)
+        self.class_head = nn.Linear(dim, classes + 1)
         self.mask_head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim),
                                        nn.ReLU(), nn.Linear(dim, dim))
 
@@ -379,27 +360,25 @@ class Decoder(nn.Module):
         """-> class logits (L+1, B, Q, C+1), mask logits (L+1, B, Q, H/4, W/4): one prediction
         before the first layer and one after each."""
         levels, pixels = self.pixels(features)
-        queries = self.query.weight[None].expand(len(pixels), -1, -1)
-        classes, masks = [], []
+        codes = [position(level) for level in levels]
+        queries = self.query.weight.expand(len(pixels), -1, -1)
+        states, masks = [], []
         for i in range(len(self.layers) + 1):
-            normed = self.norm(queries)
-            classes.append(self.class_head(normed))
-            masks.append(torch.einsum("bqd,bdhw->bqhw", self.mask_head(normed), pixels))
+            states.append(self.norm(queries))
+            masks.append(torch.einsum("bqd,bdhw->bqhw", self.mask_head(states[-1]), pixels))
             if i == len(self.layers):
-                return torch.stack(classes), torch.stack(masks)
+                return self.class_head(torch.stack(states)), torch.stack(masks)
             level = levels[i % 3]
             # a query attends where its own mask is; where that is empty, everywhere
             hidden = resize(masks[-1].detach().float(), level.shape[-2:]).flatten(2) <= 0
             hidden &= ~hidden.all(-1, keepdim=True)
-            memory = level.flatten(2).transpose(1, 2) + self.level_embed.weight[i % 3]
-            code = position(*level.shape[-2:], level.shape[1], level.device)
-            queries = self.layers[i](queries, self.query_embed.weight, memory, code, hidden)
+            memory = level.flatten(2).mT + self.level_embed.weight[i % 3]
+            queries = self.layers[i](queries, self.query_embed.weight, memory, codes[i % 3], hidden)
 
 
 def semantic(class_logits, mask_logits, size):
     """Class scores of every pixel: the sum over queries of softmax(class) x sigmoid(mask).
-
-    (B, Q, C+1), (B, Q, h, w) -> (B, C, *size)"""
+    Logits (B, Q, C+1), (B, Q, h, w) -> (B, C, *size)"""
     likely = class_logits.float().softmax(-1)[..., :-1]
     return torch.einsum("bqc,bqhw->bchw", likely, resize(mask_logits.float(), size).sigmoid())
 
@@ -408,9 +387,7 @@ def semantic(class_logits, mask_logits, size):
 def predict(encoder, decoder, images, half=False):
     """uint8 (B, 3, H, W) of any size -> class scores (B, C, H, W). half: bfloat16."""
     height, width = images.shape[-2:]
-    fill = torch.tensor(encoder.fill, dtype=torch.uint8, device=images.device).view(1, 3, 1, 1)
-    padded = fill.repeat(len(images), 1, -(-height // 32) * 32, -(-width // 32) * 32)
-    padded[..., :height, :width] = images
+    padded = pad(images, [0, 0, -width % 32, -height % 32], encoder.fill)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
         classes, masks = decoder(encoder(padded))
     return semantic(classes[-1], masks[-1], padded.shape[-2:])[..., :height, :width]
@@ -426,35 +403,43 @@ def sample(maps, points, shape):
     return F.grid_sample(maps, grid, align_corners=False)[..., 0]
 
 
+def mask_costs(masks, labels, image, points, classes):
+    """Cross-entropy and dice between masks and the regions of classes, each with each.
+
+    masks (N, Q, h, w) of the images number `image` (N,), labels (B, H, W), points (N, P): the
+    pixels that are compared; IGNORE among them takes no part. classes (C,), or (N, 1, C) if they
+    differ -> two tensors (N, Q, C)"""
+    ids = labels.flatten(1)[image[:, None], points][..., None]
+    target, valid = (ids == classes).float(), (ids != IGNORE).float()           # (N, P, C or 1)
+    logits = sample(masks, points, labels.shape[1:])                            # (N, Q, P)
+    # the cross-entropy of a logit x with a target t is softplus(x) - x t
+    entropy = F.softplus(logits) @ valid - logits @ target
+    entropy = entropy / valid.sum(1, keepdim=True).clamp(min=1)
+    p = logits.sigmoid()
+    dice = 1 - (2 * p @ target + 1) / (p @ valid + target.sum(1, keepdim=True) + 1)
+    return entropy, dice
+
+
 @torch.no_grad()
 def match(class_logits, mask_logits, labels, points, weights):
     """Hungarian matching of the classes that an image holds to queries, in every layer.
 
-    class_logits (L, B, Q, C+1), mask_logits (L, B, Q, h, w), labels (B, H, W), points (B, P):
-    the pixels at which masks are compared; IGNORE among them takes no part. weights: of class,
-    mask and dice -> int64 (4, M): layer, image, query and class of every match"""
-    layers, batch, _, classes = class_logits.shape
-    there = torch.zeros(batch, 256, dtype=torch.bool, device=labels.device)
-    there = there.scatter_(1, labels.flatten(1), True)[:, None, :classes - 1]
-    ids = labels.flatten(1).gather(1, points)[..., None]                        # (B, P, 1)
-    target = (ids == torch.arange(classes - 1, device=ids.device)).float()      # (B, P, C)
-    valid = (ids != IGNORE).float().transpose(1, 2)                             # (B, 1, P)
-    logits = sample(mask_logits.flatten(0, 1), points.repeat(layers, 1), labels.shape[-2:])
-    logits = logits.unflatten(0, (layers, batch))                               # (L, B, Q, P)
-    # the cross-entropy of a logit x with a target t is softplus(x) - x t
-    entropy = (F.softplus(logits) * valid).sum(-1, keepdim=True) - logits @ target
-    entropy = entropy / valid.sum(-1, keepdim=True).clamp(min=1)
-    p = logits.sigmoid() * valid
-    dice = 1 - (2 * p @ target + 1) / (p.sum(-1, keepdim=True) + target.sum(1)[:, None] + 1)
-    likely = class_logits.softmax(-1)[..., :-1]
-    cost = weights[1] * entropy + weights[2] * dice - weights[0] * likely
-    cost = torch.where(there, cost.nan_to_num(), torch.inf).cpu()       # waits for the GPU, once
+    class_logits (L, B, Q, C+1), mask_logits (L, B, Q, h, w), labels (B, H, W), points (B, P).
+    weights: of class, mask and dice -> int64 (4, M): layer, image, query, class of every match"""
+    layers, batch = class_logits.shape[:2]
+    likely = class_logits.flatten(0, 1).softmax(-1)[..., :-1]
+    classes = torch.arange(likely.shape[-1], device=labels.device)
+    image = torch.arange(batch, device=labels.device).repeat(layers)
+    entropy, dice = mask_costs(mask_logits.flatten(0, 1), labels, image, points[image], classes)
+    cost = weights[1] * entropy + weights[2] * dice - weights[0] * likely       # (L * B, Q, C)
+    present = torch.zeros(batch, 256, dtype=torch.bool, device=labels.device)
+    present = present.scatter(1, labels.flatten(1), True)[image][:, None, :len(classes)]
+    cost = torch.where(present, cost.nan_to_num(), torch.inf)
     found = []
-    for layer, image in np.ndindex(layers, batch):
-        table = cost[layer, image]
-        present = table[0].isfinite().nonzero()[:, 0]
-        for query, k in zip(*linear_sum_assignment(table[:, present])):
-            found.append((layer, image, query, present[k]))
+    for i, table in enumerate(cost.cpu().numpy()):              # waits for the GPU, once
+        columns = np.flatnonzero(np.isfinite(table[0]))
+        for query, k in zip(*linear_sum_assignment(table[:, columns])):
+            found.append((*divmod(i, batch), query, columns[k]))
     return torch.tensor(found, dtype=torch.int64).reshape(-1, 4).T.to(labels.device)
 
 
@@ -464,27 +449,25 @@ def uncertain_points(masks, labels, image, n):
     times as many random ones those where the mask is least sure, and a quarter at random, as
     Mask2Former. The masks of one image share the random pixels: that saves most of the drawing.
     None of the uncertain ones is of IGNORE while others are left."""
-    pixels = labels.flatten(1)
-    drawn = torch.randint(pixels.shape[1], (len(labels), 3 * n), device=labels.device)
-    others = torch.randint(pixels.shape[1], (len(labels), n - 3 * n // 4), device=labels.device)
-    doubt = -sample(masks[:, None], drawn[image], labels.shape[-2:])[:, 0].abs()
-    doubt[(pixels.gather(1, drawn) == IGNORE)[image]] = -torch.inf
-    best = doubt.topk(3 * n // 4, 1, sorted=False).indices
-    return torch.cat((drawn[image].gather(1, best), others[image]), 1)
+    def draw(count):
+        return torch.randint(labels[0].numel(), (len(labels), count), device=labels.device)[image]
+    candidates, uncertain = draw(3 * n), 3 * n // 4
+    others = draw(n - uncertain)
+    sure = sample(masks[:, None], candidates, labels.shape[1:])[:, 0].abs()
+    sure[labels.flatten(1)[image[:, None], candidates] == IGNORE] = torch.inf
+    least = sure.topk(uncertain, largest=False, sorted=False).indices
+    return torch.cat((candidates.gather(1, least), others), 1)
 
 
 @torch.no_grad()
 def taught_queries(mask_logits, labels):
-    """Which queries may be taught "no object" -> float (L, B, Q): not in an image without any
+    """Which queries may be taught "no object" -> bool (L, B, Q): not in an image without any
     label, nor where the mask lies mostly on IGNORE, for nobody knows what is there."""
-    unknown = (labels == IGNORE).float()
-    small = F.interpolate(unknown[:, None], mask_logits.shape[-2:], mode="nearest")[:, 0]
-    taught = []
-    for layer in mask_logits:
-        inside = (layer > 0).float()
-        hidden = torch.einsum("bqhw,bhw->bq", inside, small) > .5 * inside.sum((2, 3))
-        taught.append(~hidden & (unknown.mean((1, 2)) < 1)[:, None])
-    return torch.stack(taught).float()
+    small = F.interpolate(labels[:, None].float(), mask_logits.shape[-2:])[:, 0]
+    balance = torch.where(small == IGNORE, 1., -1.)
+    taught = [torch.einsum("bqhw,bhw->bq", (layer > 0).float(), balance) <= 0
+              for layer in mask_logits]
+    return torch.stack(taught) & (labels != IGNORE).flatten(1).any(1, keepdim=True)
 
 
 def mask_loss(class_logits, mask_logits, labels, n_points, weights, no_object, unlabelled="ignore"):
@@ -497,31 +480,22 @@ def mask_loss(class_logits, mask_logits, labels, n_points, weights, no_object, u
     class_logits, mask_logits = class_logits.float(), mask_logits.float()
     if unlabelled == "negative":
         labels = labels.masked_fill(labels == IGNORE, IGNORE - 1)       # an id that no class has
-    batch, height, width = labels.shape
-    points = torch.randint(height * width, (batch, n_points), device=labels.device)
-    matched = match(class_logits, mask_logits, labels, points, weights)
-    layer, image, query, cls = matched
+    points = torch.randint(labels[0].numel(), (len(labels), n_points), device=labels.device)
+    layer, image, query, cls = match(class_logits, mask_logits, labels, points, weights)
     # the class of every query: matched ones learn theirs, the others "no object"
     wanted = torch.full(class_logits.shape[:3], class_logits.shape[-1] - 1, device=labels.device)
     wanted[layer, image, query] = cls
     weight = no_object * taught_queries(mask_logits, labels)
     weight[layer, image, query] = 1
     entropy = F.cross_entropy(class_logits.movedim(-1, 1), wanted, reduction="none")
-    of_class = ((entropy * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-6)).sum()
+    of_class = (entropy * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-6)
     # the mask of every matched query: cross-entropy and dice at some of its pixels
     masks = mask_logits[layer, image, query]
     points = uncertain_points(masks, labels, image, n_points)
-    ids = labels.flatten(1)[image[:, None], points]
-    valid, target = (ids != IGNORE).float(), (ids == cls[:, None]).float()
-    logits = sample(masks[:, None], points, (height, width))[:, 0]
-    entropy = F.binary_cross_entropy_with_logits(logits, target, valid, reduction="none").sum(1)
-    entropy = entropy / valid.sum(1).clamp(min=1)
-    p = logits.sigmoid() * valid
-    dice = 1 - (2 * (p * target).sum(1) + 1) / (p.sum(1) + target.sum(1) + 1)
-    n_masks = mean_of_processes(max(1, len(cls) / len(class_logits)))
-    terms = {"class": of_class, "mask": entropy.sum() / n_masks, "dice": dice.sum() / n_masks}
-    loss = sum(weight * term for weight, term in zip(weights, terms.values()))
-    return loss, {name: term.detach() for name, term in terms.items()}
+    entropy, dice = mask_costs(masks[:, None], labels, image, points, cls[:, None, None])
+    n = mean_of_processes(max(1, len(cls) / len(class_logits)))
+    terms = {"class": of_class.sum(), "mask": entropy.sum() / n, "dice": dice.sum() / n}
+    return sum(weight * term for weight, term in zip(weights, terms.values())), terms
 
 
 # ---------------------------------------------------------------------------- optimiser
@@ -532,13 +506,13 @@ def make_optimizer(modules, weight_decay):
     for top, factor in modules:
         for module in top.modules():
             still = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.Embedding))
-            found = [p for p in module.parameters(recurse=False) if p.requires_grad]
             decay = 0. if still else weight_decay
-            groups.append({"params": found, "weight_decay": decay, "factor": factor})
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
+            own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+            if own:
+                groups.append({"params": own, "weight_decay": decay, "factor": factor})
     trained = [p for group in groups for p in group["params"]]
     print(f"{sum(p.numel() for p in trained) / 1e6:.2f} M parameters train")
-    return optimizer, trained
+    return torch.optim.AdamW(groups), trained
 
 
 def set_learning_rate(optimizer, lr, step, total, warmup, schedule):
@@ -550,17 +524,13 @@ def set_learning_rate(optimizer, lr, step, total, warmup, schedule):
         group["lr"] = rate * group["factor"]
 
 
-def distributed(*modules):
-    """The modules; under torchrun each that trains behind torch's DistributedDataParallel."""
-    if common.PROCESSES == 1:
-        return modules
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    shared = []
-    for module in modules:
-        if any(p.requires_grad for p in module.parameters()):
-            module = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
-        shared.append(module)
-    return shared
+def distributed(module):
+    """The module; under torchrun, if it trains, behind torch's DistributedDataParallel."""
+    if common.PROCESSES == 1 or not next(module.parameters()).requires_grad:
+        return module
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group()
+    return nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
 
 
 def mean_of_processes(number):
@@ -573,100 +543,95 @@ def mean_of_processes(number):
 
 
 # ---------------------------------------------------------------------------- saving and loading
-def save_model(path, encoder, decoder, run):
-    """A finished network as one safetensors file that explains itself. The encoder's weights travel
-    with it if they are not the library's."""
-    tensors = {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
+def network(encoder, decoder):
+    """What is saved: the decoder, and the encoder if its weights are no longer the library's."""
+    parts = {"decoder": decoder}
     if not encoder.is_pretrained:
-        tensors |= {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
-    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        parts["encoder"] = encoder
+    return nn.ModuleDict(parts)
+
+
+def save_model(path, encoder, decoder, run):
+    """A finished network as one safetensors file that explains itself."""
     about = {"stage": run.stage, "preset": common.PRESET, "constants": run.constants,
              "classes": CLASSES, "encoder": encoder.name, "decoder": decoder.sizes}
     with common.whole(path) as part:
-        save_file(tensors, part, metadata={"about": json.dumps(about)})
+        safetensors.torch.save_model(network(encoder, decoder), part, {"about": json.dumps(about)})
 
 
 def load_model(path):
     """-> encoder, decoder (on the CPU, in eval mode), about: {"stage", "preset", "constants",
     "classes", "encoder", "decoder"} of the run that saved them. Raises Stop."""
-    weights = {"encoder": {}, "decoder": {}}
     with common.explain(f"{path} is damaged, or no network of this version of the repo",
-                        "train it again into another --OUT"), safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["about"])
+                        "train it again into another --OUT"):
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["about"])
         if about["classes"] != CLASSES:
             raise Stop(f"{path} knows other classes: it was made with PRESET={about['preset']}")
-        for name in file.keys():
-            module, _, key = name.partition(".")
-            weights[module][key] = file.get_tensor(name)
-            assert weights[module][key].isfinite().all(), f"{name} is not finite"
+        weights = safetensors.torch.load_file(path)
+        assert all(value.isfinite().all() for value in weights.values()), "not a number in it"
         encoder, decoder = Encoder(about["encoder"]), Decoder(**about["decoder"])
-        if weights["encoder"]:
-            encoder.is_pretrained = False
-            encoder.load_state_dict(weights["encoder"])
-        decoder.load_state_dict(weights["decoder"])
+        encoder.is_pretrained = not any(name.startswith("encoder.") for name in weights)
+        network(encoder, decoder).load_state_dict(weights)
     return encoder.eval(), decoder.eval(), about
 
 
 class Bookkeeping:
     """What a training stage keeps besides the method: checkpoint.pt, log.jsonl, a progress bar.
-
-    parts: {name: module or optimiser}, which go on from checkpoint.pt if there is one.
-    Raises Stop if that is damaged or of another run."""
+    parts: {name: module or optimiser}: they go on from checkpoint.pt if there is one. Raises Stop
+    if that is damaged or of another run."""
 
     def __init__(self, run, parts, total):
         self.run, self.parts, self.total = run, parts, total
-        self.first, self.lines, self.rows = 0, [], []
+        self.first, self.lines, self.sums = 0, [], Counter()
         self.checkpoint = run.out / "checkpoint.pt"
-        if self.checkpoint.exists():
-            self.resume()
-        self.bar = tqdm(total=total, initial=self.first, disable=True if common.RANK else None)
-
-    def resume(self):
+        if not self.checkpoint.exists():
+            return
         with common.explain(f"{self.checkpoint} is damaged", "remove it to begin again"):
             assert zipfile.ZipFile(self.checkpoint).testzip() is None    # torch.load checks no sums
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             self.first, self.lines = state["step"], state["lines"]
-            assert 0 < self.first < self.total, f"step {self.first}"
-            self.run.compare(state["constants"])
-            for name, part in self.parts.items():
+            assert 0 < self.first < total, f"step {self.first}"
+            run.compare(state["constants"])
+            for name, part in parts.items():
                 part.load_state_dict(state[name])
         print(f"goes on from step {self.first}")
 
     def steps(self, loader):
         """(step, batch) of a loader's batches; the time that they take counts as waiting."""
-        self.since, self.waited = time.time(), 0
-        before = time.time()
-        for step, batch in enumerate(loader, self.first):
-            self.waited += time.time() - before
+        bar = tqdm(loader, initial=self.first, total=self.total, disable=common.RANK > 0 or None)
+        self.logged, self.since = self.first, time.time()
+        before = self.since
+        for step, batch in enumerate(bar, self.first):
+            self.sums["wait"] += time.time() - before
             yield step, batch
-            self.bar.update()
             before = time.time()
 
     def record(self, done, numbers, every):
-        """Log the means of {name: scalar tensor} every so many steps: only then do they leave the
-        GPU. Raises Stop if one is not a number."""
-        self.rows.append(torch.stack(list(numbers.values())))
-        if done % every and done < self.total:
-            return
-        self.stop_if_broken(done)
-        means = dict(zip(numbers, torch.stack(self.rows).mean(0).tolist()))
-        means["seconds"] = (time.time() - self.since) / len(self.rows)
-        means["wait"] = self.waited / len(self.rows)
-        line = {"step": done, **{k: float(f"{v:.5g}") for k, v in means.items()}}
+        """Add up {name: scalar tensor} of a step on the GPU; log the means every so many steps."""
+        for name, value in numbers.items():
+            self.sums[name] += value.detach()
+        if done % every == 0 or done == self.total:
+            self.log(done)
+
+    def log(self, done):
+        """Write the means since the last line. Raises Stop if one is not a number."""
+        self.sums["seconds"] = time.time() - self.since
+        line = {"step": done}
+        for name, total in self.sums.items():                   # waits for the GPU
+            line[name] = round(float(total) / (done - self.logged), 5)
+            if not np.isfinite(line[name]):
+                raise Stop(f"not a number before step {done}. {self.checkpoint}, if there is one, "
+                           "is from before. Try a smaller LR, or HALF=False")
         self.lines.append(line)
         common.write_text(self.run.out / "log.jsonl", "\n".join(map(json.dumps, self.lines)) + "\n")
-        self.bar.set_postfix(means, refresh=False)
-        if self.bar.disable:
-            print(" | ".join(f"{k} {v}" for k, v in line.items()), flush=True)
-        self.rows, self.waited, self.since = [], 0, time.time()
-
-    def stop_if_broken(self, done):
-        if self.rows and not torch.stack(self.rows).isfinite().all():
-            raise Stop(f"not a number before step {done}. {self.checkpoint}, if there is one, is "
-                       "from before. Try a smaller LR, or HALF=False")
+        tqdm.write(json.dumps(line))
+        self.sums.clear()
+        self.logged, self.since = done, time.time()
 
     def save(self, done):
-        self.stop_if_broken(done)
+        if self.sums:
+            self.log(done)              # what is not a number is not saved
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"step": done, "lines": self.lines, "constants": self.run.constants}
         with common.whole(self.checkpoint) as part:
@@ -674,31 +639,29 @@ class Bookkeeping:
 
     def finish(self, encoder, decoder):
         """Draw the losses, save the network, and forget the checkpoint."""
-        figure = Figure((8, 4), layout="constrained")
-        axes = figure.subplots()
+        axes = Figure((8, 4), layout="constrained").subplots()
+        steps = [line["step"] for line in self.lines]
         for name in ("loss", "class", "mask", "dice"):
-            axes.semilogy([line["step"] for line in self.lines],
-                          [line[name] for line in self.lines], label=name)
+            axes.semilogy(steps, [line[name] for line in self.lines], label=name)
         axes.set_xlabel("step")
         axes.legend()
         with common.whole(self.run.out / "loss.png") as part:
-            figure.savefig(part, format="png")
+            axes.figure.savefig(part, format="png")
         self.run.finish()
         save_model(self.run.result, encoder, decoder, self.run)     # last: it means finished
-        if common.RANK == 0:
-            self.checkpoint.unlink(missing_ok=True)
+        self.checkpoint.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- the source stage
 def preview(path, encoder, decoder, crops, half):
     """image | prediction | truth of some source crops."""
-    rows = []
-    encoder.eval(), decoder.eval()
-    for image, label in crops:
-        scores = predict(encoder, decoder, image[None].to(encoder.mean.device), half)
-        rows.append([("image", image.permute(1, 2, 0).numpy()), ("truth", label.byte().numpy()),
-                     ("prediction", scores[0].argmax(0).byte().cpu().numpy())])
-    encoder.train(), decoder.train()
+    images, labels = default_collate(crops)
+    encoder.eval()              # the decoder has nothing that differs between the modes
+    guess = predict(encoder, decoder, images.to(encoder.mean.device), half).argmax(1)
+    encoder.train()
+    columns = images.permute(0, 2, 3, 1), guess.byte().cpu(), labels.byte()
+    titles = "image", "prediction", "truth"
+    rows = [list(zip(titles, arrays)) for arrays in zip(*map(np.asarray, columns))]
     common.save_sheet(path, rows)
 
 
@@ -711,8 +674,8 @@ def main():
     encoder = Encoder(ENCODER, FREEZE_ENCODER).to(device)
     crops.fill = encoder.fill
     torch.manual_seed(SEED)
-    decoder = Decoder(encoder.channels, len(CLASSES), DIM, QUERIES, LAYERS, HIDDEN, PIXEL_LAYERS)
-    decoder.to(device)
+    sizes = DIM, QUERIES, LAYERS, HIDDEN, PIXEL_LAYERS
+    decoder = Decoder(encoder.channels, len(CLASSES), *sizes).to(device)
     optimizer, trained = make_optimizer([(decoder, 1), (encoder, ENCODER_LR)], WEIGHT_DECAY)
     parts = {"decoder": decoder, "optimizer": optimizer}
     if not FREEZE_ENCODER:
@@ -720,11 +683,12 @@ def main():
 
     run.start()
     book = Bookkeeping(run, parts, ITERATIONS)
-    E, D = distributed(encoder, decoder)
+    E = distributed(encoder)
+    D = distributed(decoder)
     loader = batches(crops, BATCH, book.first, ITERATIONS, WORKERS)
-    for step, (images, labels) in book.steps(loader):
+    for step, batch in book.steps(loader):
         torch.manual_seed(SEED * 10 ** 9 + step)            # a step repeats when a run goes on
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images, labels = (part.to(device, non_blocking=True) for part in batch)
         # the decoder predicts masks and their classes from the frozen features
         with torch.autocast(device.type, torch.bfloat16, enabled=HALF):
             classes, masks = D(E(images))
@@ -737,7 +701,7 @@ def main():
         optimizer.step()
 
         done = step + 1
-        book.record(done, {"loss": loss.detach(), **terms, "norm": norm}, LOG_EVERY)
+        book.record(done, {"loss": loss, **terms, "norm": norm}, LOG_EVERY)
         if done % PREVIEW_EVERY == 0 or done == ITERATIONS:
             shown = [crops[ITERATIONS * BATCH + i] for i in range(4)]
             preview(run.out / f"preview_{done:06d}.png", encoder, decoder, shown, HALF)

@@ -20,6 +20,7 @@ It worked if `labelled` stays high, if `changed` (labelled pixels to which SAM g
 is some percent and falls, and if the third column of the previews looks better than the second."""
 import copy
 import hashlib
+from functools import partial
 from importlib import import_module
 from itertools import repeat
 from pathlib import Path
@@ -98,14 +99,13 @@ def load_sam(name):
         raise Stop(f"SAM={name}: no such folder, and none of {', '.join(SAM_FILES)}")
     weights = Path("weights", SAM_FILES[name])
     page = sam_page + weights.name
-    with common.from_hub(f"SAM {name}", f"get {page} into weights/ by hand, or do without: "
-                         "--REFINE=off"):
-        if not weights.exists():
-            weights.parent.mkdir(exist_ok=True)
-            with common.whole(weights) as part:
-                torch.hub.download_url_to_file(page, str(part))
-                md5 = hashlib.md5(part.read_bytes()).hexdigest()
-                assert md5.startswith(weights.stem[-6:]), f"damaged on the way, MD5 {md5}"
+    remedy = f"get {page} into weights/ by hand, or do without: --REFINE=off"
+    if not weights.exists():
+        with common.whole(weights) as part, common.from_hub(f"SAM {name}", remedy):
+            torch.hub.download_url_to_file(page, str(part))
+            md5 = hashlib.md5(part.read_bytes()).hexdigest()
+            assert md5.startswith(weights.stem[-6:]), f"damaged on the way, MD5 {md5}"
+    with common.explain(f"{weights} is damaged", remedy):
         return sam_model_registry[name](weights).eval().requires_grad_(False)
 
 
@@ -253,7 +253,7 @@ class PaintedPictures(Dataset):
 
     def __getitem__(self, i):
         k = source_stage.shuffled(len(self.files), self.seed + 1, i)
-        random = common.random(self.seed, i, 3)
+        random = np.random.default_rng((self.seed, i, 3))
         clean = self.clean(k)
         seen = source_stage.colour_jitter(clean, random)
         flipped = random.random() < .5
@@ -271,17 +271,18 @@ class PaintedPictures(Dataset):
         return embedding
 
 
-def redraw(sam, embeddings, labels, *seed):
-    """refine() of some pictures -> pseudo-labels int64 (n, H, W), prompts. Without SAM: as is."""
-    if sam is None:
-        return labels, [np.zeros((0, 1, 2))] * len(labels)
-    pseudo, prompts = [], []
-    for k, (embedding, label) in enumerate(zip(embeddings, labels)):
-        with torch.autocast(label.device.type, torch.bfloat16, enabled=HALF):
-            refined, points = refine(sam, embedding, label, common.random(*seed, k))
-        pseudo.append(refined)
-        prompts.append(points)
-    return torch.stack(pseudo), prompts
+def pseudo_labels(encoder, teacher, sam, clean, embeddings, *seed):
+    """The teacher's labels of clean pictures uint8 (n, 3, H, W), int64 (n, H, W); the same
+    redrawn by SAM (None: as they are); each picture's prompts."""
+    # 1. the teacher labels the clean painted images: p = D_T(E(x))
+    rough = source_stage.predict(encoder, teacher, clean, HALF).argmax(1)
+    # 2. SAM redraws those labels (3.3)
+    pseudo, prompts = rough.clone(), [np.zeros((0, 1, 2))] * len(rough)
+    for k in range(len(rough) if sam else 0):
+        random = np.random.default_rng((*seed, k))
+        with torch.autocast(clean.device.type, torch.bfloat16, enabled=HALF):
+            pseudo[k], prompts[k] = refine(sam, embeddings[k], rough[k], random)
+    return rough, pseudo, prompts
 
 
 def vital_signs(rough, pseudo, prompts):
@@ -289,7 +290,7 @@ def vital_signs(rough, pseudo, prompts):
     known = pseudo != IGNORE
     changed = (rough != pseudo) & known
     return {"labelled": known.float().mean(), "changed": changed.sum() / known.sum().clamp(min=1),
-            "prompts": known.new_tensor(np.mean([len(p) for p in prompts]), dtype=torch.float)}
+            "prompts": known.new_tensor(sum(map(len, prompts)) / len(rough), dtype=torch.float)}
 
 
 def preview(path, pictures, encoder, student, label):
@@ -298,18 +299,19 @@ def preview(path, pictures, encoder, student, label):
     shown = range(min(4, len(pictures.files)))
     clean = torch.stack([pictures.clean(k) for k in shown]).to(encoder.mean.device)
     embeddings = torch.stack([pictures.embedding(k) for k in shown]).to(clean.device)
-    rough, pseudo, prompts = label(clean, embeddings)
+    rough, pseudo, prompts = label(clean, embeddings, SEED)
     encoder.eval(), student.eval()
     guess = source_stage.predict(encoder, student, clean, HALF).argmax(1)
     encoder.train(), student.train()
     rows = []
     for k in shown:
-        drawn = common.colourise(pseudo[k].byte().cpu().numpy())
+        image, teacher, sam, learnt = (
+            part[k].byte().cpu().numpy() for part in (clean, rough, pseudo, guess))
+        drawn = common.COLOURS[sam]
         for x, y in prompts[k].reshape(-1, 2).astype(int):
             drawn[max(0, y - 1):y + 2, max(0, x - 1):x + 2] = 255
-        rows.append([("image", clean[k].permute(1, 2, 0).cpu().numpy()),
-                     ("teacher", rough[k].byte().cpu().numpy()), ("SAM and its prompts", drawn),
-                     ("student", guess[k].byte().cpu().numpy())])
+        rows.append([("image", image.transpose(1, 2, 0)), ("teacher", teacher),
+                     ("SAM and its prompts", drawn), ("student", learnt)])
     common.save_sheet(path, rows)
 
 
@@ -324,12 +326,12 @@ def take_over(constants):
 
 
 def need_earlier_stages():
-    wanted = [(INIT, "03_train_source.py writes it when it is finished: run that first, or name a "
-               "network: --INIT=PATH")]
+    wanted = {INIT: "03_train_source.py writes it when it is finished: run that first, or name a "
+                    "network: --INIT=PATH"}
     if N_GENERATED and not GENERATED.startswith("folder:"):
-        wanted.append((GENERATED, "02_generate.py writes it when it is finished: run that first. "
-                       "To train without painted images: --N_GENERATED=0"))
-    common.need(wanted)
+        wanted[GENERATED] = ("02_generate.py writes it when it is finished: run that first. A "
+                             "folder of your own: folder:PATH. None: --N_GENERATED=0")
+    common.need(wanted.items())
 
 
 def main():
@@ -340,8 +342,7 @@ def main():
     if run.finished():
         return
     device = common.device()
-    use_sam = REFINE != "off" and N_GENERATED > 0
-    sam = load_sam(SAM).to(device) if use_sam else None
+    sam = load_sam(SAM).to(device) if N_GENERATED and REFINE != "off" else None
     crops = source_stage.SourceCrops(SOURCE, SEED, CROP, SCALE, encoder.fill)
     files = painted_files(GENERATED) if N_GENERATED else []
     encoder.freeze(FREEZE_ENCODER)
@@ -362,21 +363,18 @@ def main():
     span = (book.first, ITERATIONS, WORKERS)
     labelled = source_stage.batches(crops, N_SOURCE, *span)
     painted = source_stage.batches(pictures, N_GENERATED, *span) if N_GENERATED else repeat(None)
-    E, D = source_stage.distributed(encoder, student)
+    E = source_stage.distributed(encoder)
+    D = source_stage.distributed(student)
 
-    def label(clean, embeddings, *seed):
-        # 1. the teacher labels the clean painted images: p = D_T(E(x))
-        rough = source_stage.predict(teacher_encoder, teacher, clean, HALF).argmax(1)
-        # 2. SAM redraws those labels (3.3)
-        return rough, *redraw(sam, embeddings, rough, SEED, *seed)
-
+    label = partial(pseudo_labels, teacher_encoder, teacher, sam)
     for step, (source, drawn) in book.steps(zip(labelled, painted)):
         torch.manual_seed(SEED * 10 ** 9 + step)            # a step repeats when a run goes on
         images, labels = (part.to(device, non_blocking=True) for part in source)
         numbers = {}
         if N_GENERATED:
+            # 1. the teacher labels the clean painted images, and 2. SAM redraws those labels
             clean, seen, flipped, embeddings = (p.to(device, non_blocking=True) for p in drawn)
-            rough, pseudo, prompts = label(clean, embeddings, step, common.RANK)
+            rough, pseudo, prompts = label(clean, embeddings, SEED, step, common.RANK)
             numbers = vital_signs(rough, pseudo, prompts)
             pseudo = torch.where(flipped[:, None, None], pseudo.flip(2), pseudo)
             images, labels = torch.cat((images, seen)), torch.cat((labels, pseudo))
@@ -397,7 +395,7 @@ def main():
             if not FREEZE_ENCODER:
                 update_teacher(teacher_encoder, encoder, EMA)
 
-        book.record(done, {"loss": loss.detach(), **terms, "norm": norm, **numbers}, LOG_EVERY)
+        book.record(done, {"loss": loss, **terms, "norm": norm, **numbers}, LOG_EVERY)
         if files and (done % PREVIEW_EVERY == 0 or done == ITERATIONS):
             preview(run.out / f"preview_{done:06d}.png", pictures, encoder, student, label)
         if done % SAVE_EVERY == 0 and done < ITERATIONS:

@@ -134,7 +134,7 @@ def row(what, precision, seconds, flops, n=1, note=""):
     seconds = SECONDS[what, precision] = seconds / n
     floor = flops / n / RATE.get(precision.split()[0], np.nan)
     line(what, precision, seconds, 1 / seconds, flops / n / 1e12, floor, seconds / floor,
-         common.peak_memory(), note)
+         torch.cuda.max_memory_allocated() / 2 ** 30, note)
 
 
 def set_precision(precision, *networks):

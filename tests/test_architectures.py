@@ -112,7 +112,7 @@ def test_sam_vit_b_redraws_through_the_functions_of_the_miniature(monkeypatch, t
     label = torch.zeros(96, 128, dtype=torch.int64)
     label[:, 64:] = 7
     embedding = torch.from_numpy(embedding).float()
-    redrawn, points = selftrain.refine(sam, embedding, label, common.random(0))
+    redrawn, points = selftrain.refine(sam, embedding, label, np.random.default_rng(0))
     assert redrawn.shape == (96, 128) and points.shape == (2, 5, 2)
     assert (points[0, :, 0] < 64).all() and (points[1, :, 0] >= 64).all()
     assert set(redrawn.unique().tolist()) <= {0, 7, common.IGNORE}

@@ -4,6 +4,7 @@ weights, class scores, SAM, colour jitter. At the end the golden numbers.
 The golden numbers are the losses of the first steps of 03 and 04. If a change of them is meant:
     GOLDEN=write python -m pytest tests/test_parity.py -k golden"""
 import colorsys
+import inspect
 import json
 import os
 from functools import partial
@@ -224,9 +225,9 @@ def mask2former(layers=4, dim=64, queries=7):
     return module
 
 
-def their_position(height, width, dim, device="cpu"):
-    embed = library.Mask2FormerSinePositionEmbedding(dim // 2, normalize=True)
-    return embed(torch.Size((1, dim, height, width)), device, torch.float32).flatten(2).mT
+def their_position(maps):
+    embed = library.Mask2FormerSinePositionEmbedding(maps.shape[1] // 2, normalize=True)
+    return embed(maps.shape, maps.device, maps.dtype).flatten(2)[:1].mT
 
 
 def test_a_query_layer_equals_mask2formers():
@@ -272,10 +273,14 @@ def test_the_decoders_queries_equal_mask2formers(monkeypatch):
 def test_the_position_code_is_mask2formers(height, width, dim):
     # theirs has sine and cosine in turn, ours all sines of an axis and then all cosines
     order = torch.arange(dim).view(2, dim // 4, 2).mT.flatten()
-    wanted = their_position(height, width, dim)[..., order]
-    assert torch.allclose(stage.position(height, width, dim, "cpu"), wanted, atol=1e-5)
+    maps = torch.zeros(1, dim, height, width)
+    wanted = their_position(maps)[..., order]
+    assert torch.allclose(stage.position(maps), wanted, atol=1e-5)
 
 
+@pytest.mark.skipif("return_segmentation_scores" not in inspect.signature(
+    Mask2FormerImageProcessor.post_process_semantic_segmentation).parameters,
+    reason="needs a newer transformers")
 def test_class_scores_are_mask2formers():
     classes, masks = 2 * torch.randn(2, 20, 13), 4 * torch.randn(2, 20, 96, 96)
     outputs = SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
@@ -567,6 +572,7 @@ def golden_run(tmp_path_factory):
     return root / "run", root
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="random numbers of older versions differ")
 @pytest.mark.parametrize("name", RUNS)
 def test_golden_losses_of_the_first_six_steps(golden_run, name):
     rows = common.read_lines(golden_run[0] / name / "log.jsonl", "step", "loss")[:6]
