@@ -1,0 +1,116 @@
+"""How often a training step waits for the GPU, and what a trainable encoder keeps, counted on a
+CPU: a wait leaves the GPU idle, and on a CPU it costs nothing, so that nobody would notice it."""
+from collections import Counter
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conftest import SMALL, fresh
+from test_parity import write_convnext
+
+adam = torch.optim.AdamW.step
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::bincount",
+         "aten::_unique2", "aten::equal"}
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the CPU wait if the tensors lie on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        masks = args[1] if name in ("aten::index", "aten::index_put_") else ()
+        by_mask = any(mask is not None and mask.dtype == torch.bool for mask in masks)
+        fills = name == "aten::index_put_" and args[2].numel() == 1     # by masked_fill
+        self.count[name] += name in WAITS or by_mask and not fills
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def waits(monkeypatch, start, finished, tmp_path):
+    """waits(stage, *arguments) -> Counter: waits of one step, without log, preview, checkpoint"""
+    def call(stage, *arguments):
+        counts = []
+        for steps in (2, 3):
+            mode = Waits()
+
+            def cpu(tensor, mode=mode):
+                mode.count["cpu()"] += 1
+                return tensor.clone()
+
+            def step(optimizer, mode=mode):
+                before = mode.count.copy()
+                adam(optimizer)                 # its step counters lie on the CPU on a GPU, too
+                mode.count = before
+            monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+            monkeypatch.setattr(torch.optim.AdamW, "step", step)
+            every = [f"--{name}_EVERY=1000" for name in ("LOG", "SAVE", "PREVIEW")]
+            with mode:
+                assert start(stage, *SMALL[stage], f"--ITERATIONS={steps}", *every, *arguments,
+                             f"--OUT={tmp_path}/{steps}{len(arguments)}", run=finished[0]) is None
+            counts.append(mode.count)
+        return counts[1] - counts[0]
+    return call
+
+
+def test_a_step_of_03_waits_once(waits):
+    assert waits("03_train_source") == {"cpu()": 1}
+
+
+def test_a_step_of_04_waits_once_more_per_painted_picture(waits):
+    assert waits("04_selftrain", "--REFINE=off") == {"cpu()": 1}
+    with_sam = waits("04_selftrain")            # on two painted pictures
+    assert with_sam.pop("cpu()") == 3           # the teacher's label, for its components
+    # segment_anything picks points by masks, seven times per pass of its prompt encoder
+    assert sum(with_sam.values()) <= 2 * 7
+
+
+# ---------------------------------------------------------------------------- trainable encoder
+@pytest.fixture
+def convnext(tmp_path):
+    """A ConvNeXt CLIP with DropPath that trains, and pictures."""
+    write_convnext(tmp_path)
+    encoder = fresh("03_train_source").Encoder(f"open_clip:local-dir:{tmp_path}", frozen=False)
+    return encoder, torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+
+
+def test_gradient_checkpoints_change_no_gradient(convnext):
+    """Although DropPath drops other blocks each time: the recomputation repeats its draws."""
+    encoder, images = convnext
+    gradients = []
+    for checkpoints in (True, False):
+        if not checkpoints:
+            encoder.body.set_grad_checkpointing(False)
+        torch.manual_seed(0)
+        encoder.zero_grad()
+        sum((maps ** 2).sum() for maps in encoder(images)).backward()
+        gradients.append([p.grad.clone() for p in encoder.parameters() if p.grad is not None])
+    assert len(gradients[0]) > 20
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def kept(encoder, images):
+    """Bytes that a forward pass keeps for the backward pass, without the weights."""
+    found = {}
+
+    def pack(tensor):
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    weights = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        maps = encoder(images)
+    return sum(size for place, size in found.items() if place not in weights), maps
+
+
+def test_gradient_checkpoints_keep_a_fraction(convnext):
+    encoder, images = convnext
+    few, _ = kept(encoder, images)
+    encoder.body.set_grad_checkpointing(False)
+    many, _ = kept(encoder, images)
+    assert few < many / 3
