@@ -1,6 +1,8 @@
 """01: what the parser makes of what LLMs really write, what is asked, and how a run goes on."""
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import common
-from conftest import fresh, script
+from conftest import ROOT, environment, fresh, script
 
 stage = fresh("01_prompts")
 TABLE = stage.word_table(stage.WORDS)
@@ -295,3 +297,21 @@ def test_help_shows_the_papers_model(tmp_path):
     done = script("01_prompts", "--help", run=tmp_path, data=tmp_path, PRESET="synthia")
     assert done.returncode == 0 and "--LLM=Qwen/Qwen3-4B-Instruct-2507" in done.stdout
     assert "train," not in done.stdout.split("--SOURCE_CLASSES=")[1].splitlines()[0]
+
+
+def test_the_hundred_prompts_that_are_shipped_name_every_class(tmp_path):
+    """Through 01's own collector with the 19 classes, in a process under a paper preset."""
+    code = """
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+stage = import_module("01_prompts")
+table = stage.word_table(stage.WORDS)
+kept, missing, dropped = {}, list(stage.CLASSES), Counter()
+stage.collect(Path("tests/prompts.txt").read_text(), table, kept, missing, dropped)
+named = Counter(name for classes in kept.values() for name in classes)
+print(len(kept), missing, dict(dropped), len(named), min(named.values()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                          env=environment(tmp_path, tmp_path, PRESET="gta"))
+    assert done.stdout == "100 [] {} 19 6\n", done.stderr
