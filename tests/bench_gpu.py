@@ -34,8 +34,8 @@ import numpy as np
 import open_clip
 import torch
 from bench import (DEVICE, MODE, WORK, Mask2FormerHead, configure, data_set, evaluation,
-                   forward_and_back, generate, head, line, random_maps, run_main, scenes,
-                   selftrain, source)
+                   forward_and_back, generate, gigabytes, head, line, random_maps, run_main,
+                   scenes, selftrain, source)
 from matplotlib.figure import Figure
 from PIL import Image
 from segment_anything import sam_model_registry
@@ -134,7 +134,7 @@ def row(what, precision, seconds, flops, n=1, note=""):
     seconds = SECONDS[what, precision] = seconds / n
     floor = flops / n / RATE.get(precision.split()[0], np.nan)
     line(what, precision, seconds, 1 / seconds, flops / n / 1e12, floor, seconds / floor,
-         torch.cuda.max_memory_allocated() / 2 ** 30, note)
+         torch.cuda.max_memory_allocated() / 2 ** 30 if MODE == "gpu" else gigabytes(), note)
 
 
 def set_precision(precision, *networks):

@@ -8,8 +8,8 @@ that of an uninterrupted run.
 
 Half of the kills come at a random time. The other half come as soon as a half-written file
 (*.part) is seen, which is when they do most harm. The same result means: weights, teacher, prompts,
-pictures and scores bit for bit, and every step once in log.jsonl, in order. The test suite kills
-each stage once (test_pipeline.py).
+pictures, previews and scores bit for bit, and every step once in log.jsonl, in order. The test
+suite kills each stage once (test_pipeline.py).
 """
 import json
 import random
@@ -76,6 +76,9 @@ def kill_one_run(stage, run, whole, data, kills, seconds):
     before = f"after {sum(counts.values())} kills"
     run_to_the_end(stage, run, data, before)
     assert same(stage, whole, run), f"{stage} {before}: {run} differs from {whole}"
+    for picture in sorted((whole / stage).glob("preview*.png")):
+        again = run / stage / picture.name
+        assert picture.read_bytes() == again.read_bytes(), f"{again} is another picture"
     log = run / stage / "log.jsonl"
     if log.exists():
         steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]

@@ -21,6 +21,7 @@ ENCODERS = {        # channels at strides 4, 8, 16 and 32; millions of parameter
     "timm:resnet101.tv_in1k": (RESNET, 42.5),
     "timm:convnext_tiny.dinov3_lvd1689m": ([96, 192, 384, 768], 27.8),
     "timm:vit_base_patch14_dinov2.lvd142m": ([768] * 4, 86.6),
+    "timm:vit_small_patch16_dinov3.lvd1689m": ([384] * 4, 21.6),
     "transformers:nvidia/mit-b5": ([64, 128, 320, 512], 81.4)}
 
 

@@ -206,7 +206,7 @@ def test_a_data_set_that_is_not_there(refused, say, tmp_path):
     message = say("03_train_source", "--SOURCE=gta")
     assert "no images at" in message and "PRESET=toy" in message
     message = refused("03_train_source", "--SOURCE=cityscape")
-    assert "cityscape is not a data set: there are gta, synthia, urbansyn, cityscapes, bdd" in message
+    assert "cityscape is not a data set: there are gta, synthia, urbansyn, cityscapes" in message
     assert "no images at" in say("03_train_source", f"--SOURCE=folder:{tmp_path}/none")
     (tmp_path / "empty/images").mkdir(parents=True)
     assert "no images at" in say("03_train_source", f"--SOURCE=folder:{tmp_path}/empty")
