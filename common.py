@@ -32,7 +32,7 @@ PRESETS = ("toy", "gta", "synthia", "cityscapes")
 PRESET = os.environ.get("PRESET", "toy")
 RUN = os.path.normpath(os.environ.get("RUN") or f"runs/{PRESET}")
 DATA = os.path.normpath(os.environ.get("DATA") or "data")
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))        # more than one only under torchrun
+PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)        # more than one only under torchrun
 RANK = int(os.environ.get("RANK", 0)) if PROCESSES > 1 else 0
 if PRESET not in PRESETS:
     sys.exit(f"PRESET={PRESET} is not a preset; there are: {', '.join(PRESETS)}")

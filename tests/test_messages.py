@@ -426,3 +426,23 @@ def test_ctrl_c_and_sigterm_end_in_one_line(monkeypatch, number):
     with pytest.raises(SystemExit) as stopped:
         common.launch({"main": main, "__file__": "stage.py", "__doc__": "", "RULES": ""})
     assert "same command goes on" in stopped.value.code
+
+
+def test_what_a_kill_left_half_written_is_swept_an_hour_later(tmp_path, start):
+    """Not at once: another shard may be writing it."""
+    out = tmp_path / "run/03_train_source"
+    out.mkdir(parents=True)
+    dead, alive = out / "checkpoint.pt.1.part", out / "log.jsonl.2.part"
+    for path in (dead, alive):
+        path.write_text("half")
+    os.utime(dead, (0, time.time() - 4000))
+    assert start("03_train_source", *SMALL["03_train_source"], "--ITERATIONS=1") is None
+    assert not dead.exists() and alive.exists()
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"WORLD_SIZE": "1", "RANK": "3"},
+                                         {"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}])
+def test_a_stray_rank_does_not_silence_a_run(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert common_under("toy", monkeypatch)["RANK"] == 0
