@@ -114,8 +114,10 @@ def launch(stage):
         sys.exit(f"\n{script}: stopped. The same command goes on where this one was.")
     except torch.OutOfMemoryError:
         sys.exit(f"{script}: the GPU's memory is full. Lower BATCH or N_SOURCE, SAM_BATCH or "
-                 "SAM_CHUNK, GROUP, or set HALF=True; what is written is whole")
+                 "SAM_CHUNK, GROUP, or set HALF=True; what is made is whole")
     except OSError as problem:
+        if not problem.filename:
+            raise
         sys.exit(f"{script}: {problem.filename}: {problem.strerror}. {AGAIN}")
 
 
@@ -246,7 +248,6 @@ class Run:
         gigabytes = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
         self.save(wall_seconds=seconds, gpu_memory_gb=gigabytes, **facts)
         print(f"{self.stage}: {self.result} | {seconds} s")
-
 
 
 @contextmanager
