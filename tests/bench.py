@@ -200,9 +200,10 @@ def decoder_pass(name, which):
     return million, partial(forward_and_back, decoder, random_maps(*maps))
 
 
-def gigabytes():
-    """Peak memory of this process alone: getrusage would count who started it, too."""
-    status = Path("/proc/self/status").read_text()
+def gigabytes(status=None):
+    """Peak memory of this process alone, or of that with this text in /proc: getrusage would count
+    who started it, too."""
+    status = status or Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 2 ** 20
 
 
@@ -278,7 +279,7 @@ def step(steps=10):
 
 def growth():
     """02 where all is painted before, and 04, with n pictures, each in a process of its own."""
-    head("pictures", "02: seconds", "04: seconds", "per step", "MB of embedding")
+    head("pictures", "02: seconds", "GB", "04: seconds", "GB", "per step", "MB of embedding")
     for n in (100, 1_000):
         run = Path(WORK.name, f"{n}")
         data = data_set(f"{n}/source", (128, 256), n)
@@ -287,17 +288,20 @@ def growth():
         for i in range(n):
             os.link(run / f"source/images/{i}.png", run / f"02_generate/{i:05d}_p0000.png")
 
-        def seconds(stage, *arguments):
-            subprocess.run([sys.executable, ROOT / f"{stage}.py", *arguments], check=True,
-                           stdout=subprocess.DEVNULL, cwd=ROOT, env=os.environ | {"RUN": str(run)})
+        def facts(stage, *arguments):
+            code = (f"import runpy; runpy.run_path('{ROOT / stage}.py', run_name='__main__'); "
+                    "print(open('/proc/self/status').read())")
+            command = [sys.executable, "-c", code, *arguments]
+            output = subprocess.check_output(command, text=True, cwd=ROOT,
+                                             env=os.environ | {"RUN": str(run)})
             info, = common.read_lines(run / stage / "run.json", "wall_seconds")
-            return info["wall_seconds"]
-        painting = seconds("02_generate", f"--N_IMAGES={n}", f"--PROMPTS={run}/prompts.txt")
-        seconds("03_train_source", f"--SOURCE={data}", "--ITERATIONS=1", "--BATCH=1")
-        training = seconds("04_selftrain", "--ITERATIONS=20", "--LOG_EVERY=20")
+            return info["wall_seconds"], gigabytes(output)
+        painting = facts("02_generate", f"--N_IMAGES={n}", f"--PROMPTS={run}/prompts.txt")
+        facts("03_train_source", f"--SOURCE={data}", "--ITERATIONS=1", "--BATCH=1")
+        training = facts("04_selftrain", "--ITERATIONS=20", "--LOG_EVERY=20")
         log, = common.read_lines(run / "04_selftrain/log.jsonl", "seconds")
         embedding = next(run.glob("sam_embeddings/*/*.npy"))
-        line(f"{n:,}", painting, training, log["seconds"], embedding.stat().st_size / 1e6)
+        line(f"{n:,}", *painting, *training, log["seconds"], embedding.stat().st_size / 1e6)
 
 
 PARTS = {part.__name__: part for part in (refine, decoder, scores, step, growth)}
