@@ -156,7 +156,7 @@ def whole(path):
         try:
             yield part
             if RANK == 0:
-                part.replace(path)
+                os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
 
@@ -361,7 +361,7 @@ def read_image(path):
     """-> PIL image, RGB, turned upright as its EXIF says. Raises Stop."""
     with explain(f"{path} cannot be read as a picture", "copy or make it again"):
         image = Image.open(path)
-        if image.mode.startswith("I;16"):       # PIL would clip 16 bits to white
+        if image.mode.startswith("I"):          # PIL would clip 16 bits to white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return ImageOps.exif_transpose(image).convert("RGB")
 
