@@ -623,6 +623,8 @@ class Bookkeeping:
             if not np.isfinite(line[name]):
                 raise Stop(f"not a number before step {done}. {self.checkpoint}, if there is one, "
                            "is from before. Try a smaller LR, or HALF=False")
+        if line.get("loss") == 0:
+            raise Stop("the loss is 0: no pixel has a label. tests/check_data.py shows a data set")
         self.lines.append(line)
         common.write_text(self.run.out / "log.jsonl", "\n".join(map(json.dumps, self.lines)) + "\n")
         tqdm.write(json.dumps(line))

@@ -230,14 +230,13 @@ def label_pictures(run, file):
     for path in bar(paths, "labelling"):
         try:
             image = common.read_image(path)
+            label = segment(*network, network_input(image, SHORT_SIDE), image.size[::-1])
+            overlay = np.array(image) // 2 + COLOURS[label] // 2
+            for kind, array in (("train_ids", label), ("overlay", overlay)):
+                with common.whole(f"{OUT}/images/{kind}/{path.relative_to(folder)}.png") as part:
+                    Image.fromarray(array).save(part, "PNG")
         except Stop as problem:         # one bad picture does not end the others
             failed.append(f"\n{problem}")
-            continue
-        label = segment(*network, network_input(image, SHORT_SIDE), image.size[::-1])
-        overlay = np.array(image) // 2 + COLOURS[label] // 2
-        for kind, array in (("train_ids", label), ("overlay", overlay)):
-            with common.whole(f"{OUT}/images/{kind}/{path.relative_to(folder)}.png") as part:
-                Image.fromarray(array).save(part, "PNG")
     print(f"{file} labelled {len(paths) - len(failed)} of {len(paths)} pictures: {OUT}/images")
     if failed:
         raise Stop(f"{len(failed)} of {len(paths)} pictures failed:" + "".join(failed))

@@ -30,8 +30,8 @@ MINIATURES = os.path.relpath(HERE / "tests/toy/weights")            # the toy pr
 FREE = ("OUT", "WORKERS", "LOG_EVERY", "SAVE_EVERY", "PREVIEW_EVERY")
 PRESETS = ("toy", "gta", "synthia", "cityscapes")
 PRESET = os.environ.get("PRESET", "toy")
-RUN = os.path.normpath(os.environ.get("RUN") or f"runs/{PRESET}")
-DATA = os.path.normpath(os.environ.get("DATA") or "data")
+RUN = os.path.abspath(os.environ.get("RUN") or f"runs/{PRESET}").removeprefix(f"{Path.cwd()}/")
+DATA = os.path.abspath(os.environ.get("DATA") or "data").removeprefix(f"{Path.cwd()}/")
 PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)        # more than one only under torchrun
 RANK = int(os.environ.get("RANK", 0)) if PROCESSES > 1 else 0
 if PRESET not in PRESETS:
@@ -197,13 +197,15 @@ class Run:
         self.result, self.record = self.out / result, self.out / "run.json"
         self.free, self.started = FREE + free, time.time()
         self.constants = json.loads(json.dumps(constants(stage) | facts))
+        self.finished_before = self.result.exists()
         self.info = {"stage": self.stage, "constants": {}}
         if self.record.exists():
             self.info = read_lines(self.record, "stage", "constants")[0]
         if self.info["stage"] != self.stage:
             raise Stop(f"{self.out} belongs to {self.info['stage']}: name another --OUT")
-        with explain(f"{self.record}: expected lines of JSON with constants", "remove it"):
-            self.compare(self.info["constants"])
+        if {path.name for path in self.out.glob("[!.]*")} > {"run.json"}:   # something is made
+            with explain(f"{self.record}: expected lines of JSON with constants", "remove it"):
+                self.compare(self.info["constants"])
 
     def compare(self, earlier):
         """Raise Stop if constants {name: value} of an earlier start differ from today's."""
@@ -227,6 +229,8 @@ class Run:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Stop(f"{self.out} is in use by another job: wait for it") from None
+        if self.result.exists() and not self.finished_before:
+            raise Stop(f"{self.out} was finished by another job in this moment")
         for part in self.out.rglob("*.part"):       # left by a kill; no file takes an hour
             if part.stat().st_mtime < time.time() - 3600:
                 part.unlink()

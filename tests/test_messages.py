@@ -360,6 +360,7 @@ def test_a_record_that_is_something_else_is_named(say, tmp_path, content):
     out = tmp_path / "run/03_train_source"
     out.mkdir(parents=True)
     (out / "run.json").write_text(content)
+    (out / "log.jsonl").write_text("")          # something is made
     message = say("03_train_source")
     assert "03_train_source/run.json: expected lines of JSON" in message and brief(message)
 
@@ -446,3 +447,37 @@ def test_a_stray_rank_does_not_silence_a_run(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert common_under("toy", monkeypatch)["RANK"] == 0
+
+
+def test_a_source_without_any_label_stops_the_run(say, folder):
+    name = folder({"a": np.zeros((64, 64, 3))}, {"a": np.full((64, 64), 255)})
+    message = say("03_train_source", f"--SOURCE={name}", *SMALL["03_train_source"])
+    assert "no pixel has a label" in message and "check_data.py" in message
+
+
+def test_a_folder_in_which_nothing_was_made_does_not_lock_its_constants(start, say, tmp_path):
+    out = tmp_path / "run/03_train_source"
+    small = *SMALL["03_train_source"], "--ITERATIONS=1"
+    say("03_train_source", *small, "--LR=1", "--LOSS_WEIGHTS=0,0,0")        # ends at the first log
+    assert [path.name for path in out.glob("[!.]*")] == ["run.json"]
+    assert start("03_train_source", *small) is None
+    assert "was made with LR=0.0015" in say("03_train_source", *small, "--LR=1")
+
+
+def test_a_stage_that_another_job_finished_meanwhile_does_not_begin_again(say, tmp_path,
+                                                                          monkeypatch):
+    begin, result = common.Run.start, tmp_path / "run/03_train_source/model.safetensors"
+
+    def late(run, *lock):
+        result.parent.mkdir(parents=True)
+        result.write_text("by the other job")
+        begin(run, *lock)
+    monkeypatch.setattr(common.Run, "start", late)
+    assert "finished by another job" in say("03_train_source", *SMALL["03_train_source"])
+    assert result.read_text() == "by the other job"
+
+
+@pytest.mark.parametrize("path", ["data", "./data", "data/", "x/../data", str(Path.cwd() / "data")])
+def test_a_folder_named_in_several_ways_is_the_same(monkeypatch, path):
+    monkeypatch.setenv("DATA", path)
+    assert common_under("toy", monkeypatch)["DATA"] == "data"
