@@ -304,8 +304,9 @@ def read_table(text):
     return table
 
 
-TABLE = read_table(TABLE)       # classes of your own are another such table
+TABLE = read_table(TABLE)
 TABLE = preset(toy={name.split()[-1]: TABLE[name] for name in TOY}, paper=TABLE)
+# for classes of your own, here: TABLE = read_table("wall | 120 120 120 \n floor | 80 50 50")
 CLASSES = list(TABLE)
 
 

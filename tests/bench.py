@@ -232,7 +232,7 @@ def scores():
     except ImportError:
         return line("not installed", "", "", "")
     random = np.random.default_rng(0)
-    ids = np.array([row[1] for row in common.TABLE.values()], np.uint8)         # Cityscapes' own
+    ids = np.array([row[1][0] for row in common.TABLE.values()], np.uint8)      # Cityscapes' own
     truth = random.integers(len(ids), size=(64, 128), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
     guess = np.where(random.random(truth.shape) < .8, truth, np.uint8(0))
     files = [f"{WORK.name}/guess.png", f"{WORK.name}/truth.png"]

@@ -1,6 +1,7 @@
 """Reading: layouts as downloaded, id tables, pictures and labels of every kind, crops that keep
 image and label together."""
 import importlib.util
+import re
 import struct
 import subprocess
 import sys
@@ -194,6 +195,19 @@ def test_the_toy_preset_names_twelve_classes_with_the_same_colours(paper):
     assert len(common.CLASSES) == 12
     for name, row in common.TABLE.items():
         assert row == paper.TABLE[full.get(name, name)]
+
+
+@pytest.mark.parametrize("preset", ["toy", "gta"])
+def test_readmes_classes_of_ones_own_take_the_place_of_the_nineteen(tmp_path, monkeypatch, preset):
+    snippet = re.search(r"```python\n(TABLE = .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    text = (ROOT / "common.py").read_text()
+    (tmp_path / "common.py").write_text(
+        text.replace("\nCLASSES = list(TABLE)", f"\n{snippet[1]}\nCLASSES = list(TABLE)"))
+    monkeypatch.setenv("PRESET", preset)
+    own = read_module("own", tmp_path / "common.py")
+    assert own.CLASSES == ["wall", "floor", "chair"]
+    assert own.COLOURS[[0, 1, 2, IGNORE]].tolist() == [
+        [120, 120, 120], [80, 50, 50], [204, 70, 3], [0, 0, 0]]
 
 
 def test_a_label_in_colour(paper):
