@@ -4,7 +4,7 @@
     in    LLM                           a chat model of transformers: hub id or folder
     out   RUN/01_prompts/prompts.txt    N_PROMPTS lines "a photo of X in Z"; edit it freely
           RUN/01_prompts/raw.jsonl      every answer: a stopped run goes on from it; synonyms.json
-    time  toy: 10 s on a CPU. Paper: minutes on one GPU, not measured
+    time  toy: see README. Paper: minutes on one GPU, not measured
 
 The LLM is asked for synonyms of each class, then, each time with another seed, for 100 prompts
 that name all classes, and every second time only for the classes that no prompt names yet. LLMs

@@ -6,7 +6,7 @@
     out   RUN/05_eval/results.json, .md    mIoU, IoU of every class; the tables that are printed
           panels/TARGET.png                image | truth | prediction | errors | prediction ...
           confusion/                       pixel counts, made again only if their origin changed
-    time  toy: half a minute on two CPU cores; paper: see README
+    time  toy: see README; paper: not measured
 
 One confusion matrix per target counts the labelled pixels of all images: IoU = TP / (TP + FP + FN),
 mIoU is the mean over classes, in percent. There are two protocols:
@@ -14,7 +14,7 @@ mIoU is the mean over classes, in percent. There are two protocols:
               the truth counts 0: as cityscapesScripts, and the number to compare across papers.
     clouds    truth resized to the network's input, classes that it lacks left out: as officially.
 Folders whose names differ only in a suffix, 04_selftrain and 04_selftrain_seed1, are seeds of one
-experiment. It worked if 04_selftrain has a higher mean than 03_train_source (toy: by 3 points).
+experiment. It worked if 04_selftrain has a higher mean than 03_train_source.
 --IMAGES=my_photos labels pictures instead: train ids and overlays in OUT/images."""
 import hashlib
 import json
