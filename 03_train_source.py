@@ -56,7 +56,7 @@ POINTS = preset(toy=512, paper=12_544)              # points per mask; Mask2Form
 UNLABELLED = "ignore"                               # "negative": background of all masks (official)
 # training
 ITERATIONS = preset(toy=600, gta=40_000, synthia=30_000, cityscapes=10_000)         # paper 4.1
-BATCH = preset(toy=16, paper=8)                     # paper 4.1
+BATCH = 8                                           # paper 4.1
 CROP = preset(toy=(128, 256), paper=(768, 768))     # rows, columns; paper 4.1
 SCALE = preset(toy=(0.75, 1.5), paper=(0.5, 2.0))   # paper 4.1
 LR = preset(toy=1.5e-3, paper=1e-5, cityscapes=1e-4)                                # paper 4.1

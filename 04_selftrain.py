@@ -59,8 +59,8 @@ EMA = preset(toy=0.98, paper=0.999)                 # alpha of eq. 2; 1: a teach
 EMA_EVERY = 1                                       # steps; official: 100: 67 % theta_0 at the end
 # training
 ITERATIONS = preset(toy=200, gta=40_000, synthia=30_000, cityscapes=10_000)         # paper 4.1
-N_SOURCE = preset(toy=8, paper=6)                   # labelled images per step
-N_GENERATED = preset(toy=4, paper=2)                # painted ones; official: random, 2.3 on average
+N_SOURCE = preset(toy=4, paper=6)                   # labelled images per step
+N_GENERATED = 2                                     # painted ones; official: random, 2.3 on average
 LR = preset(toy=5e-4, paper=1e-5, cityscapes=1e-4)  # paper 4.1
 WARMUP = preset(toy=20, paper=0)                    # steps
 SEED = 0

@@ -1,6 +1,7 @@
 """The miniature's report: its statistics on numbers worked out by hand, its oracles on maps drawn
 by hand, and that a row is trained, scored, and not trained again."""
 import json
+import re
 import subprocess
 import sys
 import types
@@ -101,6 +102,21 @@ def test_results_of_rows_that_are_no_more_are_dropped_and_others_kept(tmp_path, 
     assert set(results["rows"]) == {"raw", "sam"}
     assert [report.mean_of(results["rows"]["sam"], seed) for seed in "01"] == [3., 5.]
     assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_the_readmes_hold_the_numbers_of_results_json():
+    results = json.loads(report.RESULTS.read_text())
+    text = (report.HERE / "README.md").read_text()
+    for part in report.tables(results).values():
+        assert part in text
+    readme = (ROOT / "README.md").read_text()
+    for stage, found in results["toy"].items():
+        minutes = re.search(rf"`{stage}.py` .* ([\d.]+) min \|", readme)[1]
+        assert minutes == f"{found['seconds'] / 60:.1f}"
+    for stage in ("03_train_source", "04_selftrain"):
+        scores = results["toy"][stage]["miou"]
+        line = [stage, *(f"{score:.1f}" for score in scores), f"**{np.mean(scores):.1f}**"]
+        assert f"| {' | '.join(line)} |" in readme
 
 
 # ------------------------------------------------------------------- oracles

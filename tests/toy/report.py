@@ -25,6 +25,7 @@ import sys
 import time
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -65,10 +66,10 @@ ABLATIONS = {
     "vote": "a mask takes the teacher's majority",
     "negative": "unlabelled pixels are background, as officially",
     "ema_100": "the teacher moves at every hundredth step, as officially",
-    "one_prompt": "200 pictures of one prompt",
-    "images_20": "20 painted pictures, not 200",
-    "images_100": "100 pictures",
-    "images_400": "400 pictures",
+    "one_prompt": "120 pictures of one prompt",
+    "images_12": "12 painted pictures, not 120",
+    "images_40": "40 pictures",
+    "images_240": "240 pictures",
     "points_1": "1 point per piece, not 5",
     "points_10": "10 points",
     "points_50": "50 points",
@@ -79,7 +80,7 @@ ABLATIONS = {
 #                  title of the axis, {value: row}
 FIGURES = {
     "figure5":        ("painted pictures (their share of a batch stays a third)",
-                       {20: "images_20", 100: "images_100", 200: "sam", 400: "images_400"}),
+                       {12: "images_12", 40: "images_40", 120: "sam", 240: "images_240"}),
     "figure6_points": ("points per piece",
                        {1: "points_1", 5: "sam", 10: "points_10", 50: "points_50"}),
     "figure6_area":   ("smallest piece, pixels (0.85 % of the picture is 280)",
@@ -207,11 +208,25 @@ def score_models():
 
 
 # ------------------------------------------------------------------- results.json
+def toy_run():
+    """The toy preset's own run, if 05 has scored it -> {stage: {"seconds", and "miou" per style}}"""
+    found, run = {}, Path(common.RUN)
+    if not (run / "05_eval/results.json").exists():
+        return found
+    for path in sorted(run.glob("0*/run.json")):
+        about = json.loads(path.read_text())
+        found[about["stage"]] = {"seconds": about["wall_seconds"]}
+    for row in json.loads((run / "05_eval/results.json").read_text())["rows"]:
+        scores = row["targets"].values()
+        found[row["name"]]["miou"] = [round(score["miou"], 3) for score in scores]
+    return found
+
+
 def gather():
     """runs/report -> results.json: {"rows": {row: {seed: {style: {"miou", "iou"}}}}, "models",
-    "tried", "sizes"}. Rows in it that are not in runs/report stay, unless there is no such row any
-    more."""
-    results = {"rows": {}, "models": {}, "tried": {}, "sizes": {}}
+    "tried", "sizes", "toy"}. Rows in it that are not in runs/report stay, unless there is no such
+    row any more."""
+    results = {"rows": {}, "models": {}, "tried": {}, "sizes": {}, "toy": {}}
     if RESULTS.exists():
         results |= json.loads(RESULTS.read_text())
     for kind, known in (("rows", ROWS), ("models", SCORES), ("tried", TRIED), ("sizes", SIZES)):
@@ -237,6 +252,7 @@ def gather():
             results["sizes"].setdefault(title, {}).update(found)
     for path in sorted((rows.ROOT / "models").glob("*.json")):
         results["models"][path.stem] = json.loads(path.read_text())
+    results["toy"] |= toy_run()
     text = json.dumps(results, indent=1, sort_keys=True)
     text = re.sub(r"\[[^][]*\]", lambda found: " ".join(found[0].split()), text)   # a list: a line
     common.write_text(RESULTS, text + "\n")
@@ -463,9 +479,8 @@ def draw_pictures(painted=8):
 
 
 # ------------------------------------------------------------------- the report
-def write():
-    results = gather()
-    tables = {
+def tables(results):
+    return {
         "table4": table(results, TABLE4, "source_only"),
         "classes": table_of_classes(results, TABLE4),
         "oracles": table(results, ORACLES, "source_only"),
@@ -475,10 +490,14 @@ def write():
         "tried": table_of_tried(results["tried"]),
         "models": table_of_models(results["models"]),
         "labels": table_of_labels(results["models"].get("labels", {}))}
+
+
+def write():
+    results = gather()
     for name, (title, wanted) in FIGURES.items():
         draw_figure(PICTURES / f"{name}.png", results, title, wanted)
     text = (HERE / "report.md").read_text()
-    for name, part in tables.items():
+    for name, part in tables(results).items():
         text = text.replace("{" + name + "}", part)
     common.write_text(HERE / "README.md", text)
 

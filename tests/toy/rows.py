@@ -59,10 +59,10 @@ ROWS = {
     "trainable_sam":     (SELF,  (PAINTED, "--FREEZE_ENCODER=False"),                   ""),
     "source_stride_8":   (SOURCE, (),                                         "masks at 1/8"),
     "source_mask2former": (SOURCE, (),                                  "Mask2Former's head"),
-    # Figure 5; "sam" has 200 pictures
-    "images_20":         (SELF,  (PAINTED, "--N_PICTURES=20"),                          ""),
-    "images_100":        (SELF,  (PAINTED, "--N_PICTURES=100"),                         ""),
-    "images_400":        (SELF,  (f"--GENERATED={ROOT}/02_400/index.jsonl",),           ""),
+    # Figure 5; "sam" has 120 pictures
+    "images_12":         (SELF,  (PAINTED, "--N_PICTURES=12"),                          ""),
+    "images_40":         (SELF,  (PAINTED, "--N_PICTURES=40"),                          ""),
+    "images_240":        (SELF,  (f"--GENERATED={ROOT}/02_240/index.jsonl",),           ""),
     # Figure 6; "sam" has 5 points and 100 pixels
     "points_1":          (SELF,  (PAINTED, "--SAM_POINTS=1"),                           ""),
     "points_10":         (SELF,  (PAINTED, "--SAM_POINTS=10"),                          ""),
@@ -133,7 +133,7 @@ def prepare_ablations():
     """Twice as many pictures, and pictures of one prompt."""
     prompts, one_prompt = f"{ROOT}/01_prompts/prompts.txt", f"{ROOT}/one_prompt.txt"
     common.write_text(one_prompt, "a photo of a street in a town\n")
-    call("02_generate", f"--PROMPTS={prompts}", "--N_IMAGES=400", f"--OUT={ROOT}/02_400")
+    call("02_generate", f"--PROMPTS={prompts}", "--N_IMAGES=240", f"--OUT={ROOT}/02_240")
     call("02_generate", f"--PROMPTS={one_prompt}", f"--OUT={ROOT}/02_one_prompt")
 
 
