@@ -309,7 +309,6 @@ TABLE = preset(toy={name.split()[-1]: TABLE[name] for name in TOY}, paper=TABLE)
 # for classes of your own, here: TABLE = read_table("wall | 120 120 120 \n floor | 80 50 50")
 CLASSES = list(TABLE)
 
-
 COLOURS = np.zeros((256, 3), np.uint8)      # COLOURS[label] is a picture; IGNORE is black
 COLOURS[:len(CLASSES)] = [row[0] for row in TABLE.values()]
 

@@ -66,7 +66,7 @@ ABLATIONS = {
     "vote": "a mask takes the teacher's majority",
     "negative": "unlabelled pixels are background, as officially",
     "ema_100": "the teacher moves at every hundredth step, as officially",
-    "one_prompt": "120 pictures of one prompt",
+    "one_prompt": "as many pictures, of one prompt",
     "images_12": "12 painted pictures, not 120",
     "images_40": "40 pictures",
     "images_240": "240 pictures",
@@ -89,17 +89,24 @@ FIGURES = {
 # ------------------------------------------------------------------- single changes, seed 0
 #    what was changed                           row            constants
 TRIED = {
-    "as shipped":                               ("sam",         ()),
-    "source only, as many steps":               ("source_only", ()),
-    "raw labels":                               ("raw",         ()),
-    "pieces from 40 px":                        ("sam",         ("--SAM_MIN_AREA=40",)),
-    "pieces from 280 px (0.85 %, as the paper)": ("sam",        ("--SAM_MIN_AREA=280",)),
-    "8 painted scenes per step":                ("sam",         ("--N_GENERATED=8",)),
-    "learning rate 1e-3":                       ("sam",         ("--LR=0.001",)),
-    "EMA 0.99":                                 ("sam",         ("--EMA=0.99",)),
-    "10 points":                                ("sam",         ("--SAM_POINTS=10",)),
-    "majority vote":                            ("vote",        ()),
-    "unlabelled = negative (official)":         ("sam",         ("--UNLABELLED=negative",))}
+    "03 as shipped: 8 images per step, 600 steps, learning rate 1.5e-3": ("source", ()),
+    "03, 400 steps":                            ("source",      ("--ITERATIONS=400",)),
+    "03, 400 steps, learning rate 2.5e-3":      ("source", ("--ITERATIONS=400", "--LR=0.0025")),
+    "03, 400 steps, learning rate 4e-3":        ("source",      ("--ITERATIONS=400", "--LR=0.004")),
+    "04 as shipped: 4 source images and 2 painted ones per step": ("sam", ()),
+    "04, 4 and 4":                              ("sam",         ("--N_GENERATED=4",)),
+    "04, 6 and 2":                              ("sam",         ("--N_SOURCE=6",)),
+    "04, 8 and 4":                      ("sam", ("--N_SOURCE=8", "--N_GENERATED=4")),
+    "04, 4 and 0: source only":                 ("source_only", ()),
+    "04, 8 and 0: source only":                 ("source_only", ("--N_SOURCE=8",)),
+    "04, raw labels":                           ("raw",         ()),
+    "04, pieces from 40 px":                    ("sam",         ("--SAM_MIN_AREA=40",)),
+    "04, pieces from 280 px (0.85 %, as the paper)": ("sam",    ("--SAM_MIN_AREA=280",)),
+    "04, learning rate 1e-3":                   ("sam",         ("--LR=0.001",)),
+    "04, EMA 0.99":                             ("sam",         ("--EMA=0.99",)),
+    "04, 10 points":                            ("sam",         ("--SAM_POINTS=10",)),
+    "04, majority vote":                        ("vote",        ()),
+    "04, unlabelled = negative (official)":     ("sam",         ("--UNLABELLED=negative",))}
 #    the decoder (24 queries, 3 layers, 3 pixel layers, width 64)     constants
 SIZES = {
     "as shipped":                        ("source",             ()),
@@ -209,16 +216,17 @@ def score_models():
 
 # ------------------------------------------------------------------- results.json
 def toy_run():
-    """The toy preset's own run, if 05 has scored it -> {stage: {"seconds", and "miou" per style}}"""
-    found, run = {}, Path(common.RUN)
+    """The toy preset's own run, if 05 has scored it -> {stage: {"seconds", "miou" per style}}"""
+    run, found = Path(common.RUN), {}
     if not (run / "05_eval/results.json").exists():
         return found
-    for path in sorted(run.glob("0*/run.json")):
-        about = json.loads(path.read_text())
-        found[about["stage"]] = {"seconds": about["wall_seconds"]}
+    for script in sorted(HERE.parents[1].glob("0*.py")):
+        about = json.loads((run / script.stem / "run.json").read_text())
+        found[script.stem] = {"seconds": about["wall_seconds"]}
     for row in json.loads((run / "05_eval/results.json").read_text())["rows"]:
-        scores = row["targets"].values()
-        found[row["name"]]["miou"] = [round(score["miou"], 3) for score in scores]
+        if row["name"] in found:            # others are the user's own experiments
+            scores = row["targets"].values()
+            found[row["name"]]["miou"] = [round(score["miou"], 3) for score in scores]
     return found
 
 
@@ -455,7 +463,7 @@ def draw_figure4(path, image, encoder, teacher):
          ("5. union by class; black: no mask, or two classes", refined.byte().numpy())]])
 
 
-def draw_pictures(painted=8):
+def draw_pictures(painted=9):
     """Figures 2 (test scenes before and after self-training), 3 (painted images) and 4."""
     evaluate = import_module("05_eval")
     networks = {"source only, as many steps": rows.folder_of("source_only", 0),
