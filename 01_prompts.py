@@ -123,8 +123,8 @@ def collect(answer, table, kept, missing, dropped, fair=True):
 def load_llm(name):
     """-> function: request, seed -> {"answer", "cut": whether NEW_TOKENS ended it}. A model without
     a chat template gets the request as it is. Raises Stop."""
-    with common.from_hub(f"the LLM {name}", "Connect to the hub (for a gated model: hf auth login),"
-                         f" name a folder or another --LLM, or write {OUT}/prompts.txt by hand"):
+    with common.explain(f"the LLM {name} could not be loaded", "Connect to the hub (if gated: hf "
+                        f"auth login), name another --LLM, or write {OUT}/prompts.txt by hand"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

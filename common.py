@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -252,20 +251,6 @@ class Run:
         gigabytes = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
         self.save(wall_seconds=seconds, gpu_memory_gb=gigabytes, **facts)
         print(f"{self.stage}: {self.result} | {seconds} s")
-
-
-@contextmanager
-def from_hub(what, instead):
-    """Loading `what` may need the hub: its many errors become one line, with what to do `instead`.
-    Without a network the hub's client tries for 46 s, so it is asked once, for a second."""
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("/")[2].split(":")[0]
-    try:
-        if not {"HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy"} & set(os.environ):
-            socket.create_connection((host, 443), 1).close()
-    except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    with explain(f"{what} could not be loaded", instead):
-        yield
 
 
 # ============================================================================ the labels
