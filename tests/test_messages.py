@@ -297,9 +297,9 @@ def test_a_network_that_is_none_or_of_other_classes(say, stage, option, tmp_path
     contents = [lambda: bad.write_bytes(b""), lambda: bad.write_bytes(b"nothing"),
                 lambda: save_file({"decoder.x": torch.zeros(1)}, bad),
                 lambda: save_network(bad, common.CLASSES, torch.full((1,), torch.nan))]
-    for write in contents:
+    for number, write in enumerate(contents):       # a stopped run's lock may outlive it here
         write()
-        message = say(stage, f"--{option}={bad}", *more)
+        message = say(stage, f"--{option}={bad}", *more, run=tmp_path / str(number))
         assert str(bad) in message and "damaged" in message and brief(message)
     save_network(bad, ["dog", "cat"], torch.zeros(1))
     message = say(stage, f"--{option}={bad}", *more, run=tmp_path / "another")
