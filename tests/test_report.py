@@ -75,6 +75,13 @@ def test_a_figure_is_drawn_of_rows_that_have_all_seeds(tmp_path):
     assert not (tmp_path / "g.png").exists()
 
 
+def test_bars_leave_out_rows_that_were_not_run(tmp_path):
+    results = {"rows": {"sam": row_of(36., 38.)}}
+    report.draw_bars(tmp_path / "bars.png", results, report.TABLE4)
+    report.draw_bars(tmp_path / "same.png", results, {"sam": report.TABLE4["sam"]})
+    assert (tmp_path / "bars.png").read_bytes() == (tmp_path / "same.png").read_bytes()
+
+
 def test_every_row_of_every_table_can_be_run_and_has_constants_of_its_stage():
     named = {*report.TABLE4, *report.TABLE5, *report.ORACLES, *report.ABLATIONS}
     for _, wanted in report.FIGURES.values():
@@ -117,6 +124,10 @@ def test_the_readmes_hold_the_numbers_of_results_json():
         scores = results["toy"][stage]["miou"]
         line = [stage, *(f"{score:.1f}" for score in scores), f"**{np.mean(scores):.1f}**"]
         assert f"| {' | '.join(line)} |" in readme
+    for name in ("source", "source_only", "sam"):
+        row = results["rows"][name]
+        mean, spread = report.mean_and_spread([report.mean_of(row, seed) for seed in row])
+        assert len(row) == 5 and f"{mean:.1f} ± {spread:.1f}" in readme
 
 
 # ------------------------------------------------------------------- oracles

@@ -264,7 +264,7 @@ def gather():
     text = json.dumps(results, indent=1, sort_keys=True)
     text = re.sub(r"\[[^][]*\]", lambda found: " ".join(found[0].split()), text)   # a list: a line
     common.write_text(RESULTS, text + "\n")
-    return results
+    return json.loads(text)             # its keys are sorted, so that the tables repeat
 
 
 # ------------------------------------------------------------------- tables in Markdown
@@ -431,6 +431,23 @@ def draw_figure(path, results, title, wanted, seeds=FEW_SEEDS):
     return True
 
 
+def draw_bars(path, results, wanted):
+    """The mean of the five styles as a bar per row, with the standard deviation over its seeds.
+    wanted: {row: title}. Rows that were not run are left out."""
+    figure = Figure((7, 2.6), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for name, title in wanted.items():
+        row = results["rows"].get(name)
+        if row:
+            mean, spread = mean_and_spread([mean_of(row, seed) for seed in row])
+            axes.barh(title, mean, xerr=spread, capsize=3, color="tab:blue", alpha=.6)
+    axes.invert_yaxis()
+    axes.set_xlim(left=30)
+    axes.set_xlabel("mIoU, mean of five styles")
+    with common.whole(path) as part:
+        figure.savefig(part, format="png")
+
+
 def draw_figure4(path, image, encoder, teacher):
     """One painted image through refine(), step by step. image: uint8 (H, W, 3)"""
     stage = import_module(rows.SELF)
@@ -463,7 +480,7 @@ def draw_figure4(path, image, encoder, teacher):
          ("5. union by class; black: no mask, or two classes", refined.byte().numpy())]])
 
 
-def draw_pictures(painted=9):
+def draw_pictures(painted=4):
     """Figures 2 (test scenes before and after self-training), 3 (painted images) and 4."""
     evaluate = import_module("05_eval")
     networks = {"source only, as many steps": rows.folder_of("source_only", 0),
@@ -504,6 +521,7 @@ def write():
     results = gather()
     for name, (title, wanted) in FIGURES.items():
         draw_figure(PICTURES / f"{name}.png", results, title, wanted)
+    draw_bars(PICTURES / "table4.png", results, TABLE4)
     text = (HERE / "report.md").read_text()
     for name, part in tables(results).items():
         text = text.replace("{" + name + "}", part)
