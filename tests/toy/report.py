@@ -442,7 +442,6 @@ def draw_bars(path, results, wanted):
             mean, spread = mean_and_spread([mean_of(row, seed) for seed in row])
             axes.barh(title, mean, xerr=spread, capsize=3, color="tab:blue", alpha=.6)
     axes.invert_yaxis()
-    axes.set_xlim(left=30)
     axes.set_xlabel("mIoU, mean of five styles")
     with common.whole(path) as part:
         figure.savefig(part, format="png")
