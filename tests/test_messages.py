@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import common
-from conftest import ROOT, SMALL, fresh, script
+from conftest import ROOT, SMALL, fresh
 
 STAGES = ("01_prompts", "02_generate", "03_train_source", "04_selftrain", "05_eval")
 
