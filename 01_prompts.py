@@ -7,9 +7,9 @@
     time  toy: see README. Paper: minutes on one GPU, not measured
 
 The LLM is asked for synonyms of each class, then, each time with another seed, for 100 prompts
-that name all classes, and every second time only for the classes that no prompt names yet. LLMs
-repeat themselves, loop, forget the class or are cut off, so a parser keeps distinct lines in which
-X names a class. It worked if every class is named: the last lines printed have the counts.
+about all classes, and every second time only about those that no prompt names yet. LLMs repeat
+themselves, loop, forget the class or are cut off, so a parser keeps distinct lines in which X
+names a class. It worked if every class is named: the last lines printed have the counts.
 """
 import json
 import re
@@ -21,12 +21,12 @@ from tqdm import tqdm
 import common
 from common import CLASSES, RUN, Stop, preset
 
-# in and out; the paper's Llama-2 is gated and needs several GPUs: meta-llama/Llama-2-70b-chat-hf
+# in and out; the paper's Llama-2 is gated, and its 70B fits no GPU: meta-llama/Llama-2-7b-chat-hf
 LLM = preset(toy=f"{common.MINIATURES}/llm", paper="Qwen/Qwen3-4B-Instruct-2507")   # Apache-2.0
 OUT = f"{RUN}/01_prompts"
 # request
-SOURCE_CLASSES = preset(toy=tuple(CLASSES), paper=tuple(CLASSES), synthia=tuple(    # those that
-    name for name in CLASSES if name not in ("terrain", "truck", "train")))         # it labels
+SOURCE_CLASSES = preset(toy=tuple(CLASSES), paper=tuple(CLASSES), synthia=tuple(    # it labels 16
+    name for name in CLASSES if name not in ("terrain", "truck", "train")))
 SCENES, PLACE = "urban street scenes", "a street"   # for classes of your own: these and WORDS
 # sampling
 N_PROMPTS = preset(toy=60, paper=100)       # paper 3.2
@@ -179,11 +179,10 @@ def main():
     table = word_table(WORDS, synonyms)
     kept, missing, dropped = {}, list(SOURCE_CLASSES), Counter()
     for number in tqdm(range(TRIES), "answers", disable=None, dynamic_ncols=True):
-        request = prompt_request(missing if number % 2 and kept and missing else SOURCE_CLASSES)
+        request = prompt_request(missing if number % 2 and missing else SOURCE_CLASSES)
         answer = ask(len(SOURCE_CLASSES) + number, request)
         collect(answer, table, kept, missing, dropped, fair=number < TRIES // 2)
         tqdm.write(f"answer {number + 1}: {len(kept)} prompts; not named: {missing or 'none'}")
-        print(end="", flush=True)
         if len(kept) == N_PROMPTS:
             break
     print("dropped: " + (", ".join(f"{n} {why}" for why, n in dropped.most_common()) or "none"))
