@@ -85,7 +85,7 @@ def load_pipeline(name):
         assert denoiser.dtype == options["dtype"], "update diffusers"
         if on_gpu:
             denoiser.to(memory_format=torch.channels_last)
-        pipe.to(common.device())
+    pipe.to(common.device())
     # Euler, as officially; but a flow-matching model would paint noise with it, without an error
     own = pipe.scheduler
     if EulerDiscreteScheduler in own.compatibles and not own.config.get("use_flow_sigmas"):
@@ -137,7 +137,7 @@ def main():
             with common.whole(run.out / row["file"]) as part:
                 image.save(part, "PNG")
         if bar.disable:         # the output is a file
-            print(f"batch {batch} is painted, up to {mine[-1]}", flush=True)
+            print(f"batch {batch} is painted, up to {mine[-1]}")
     if missing_batches(run.out, plan):
         return print(f"shard {SHARD} is done; the last of the others writes {run.result}")
     contact_sheet(run.out / "preview.png", run.out, plan)

@@ -484,6 +484,15 @@ def test_guidance_from_the_shell_is_not_dropped(say, fake, job):
     assert "has no guidance: leave out --GUIDANCE" in message and not job.out.exists()
 
 
+def test_a_full_gpu_names_what_to_lower(say, fake, job):
+    class Large(FakePipeline):
+        def to(self, device):
+            raise torch.OutOfMemoryError
+    fake(Large())
+    message = say("02_generate", f"--PROMPTS={job.prompts}", f"--OUT={job.out}")
+    assert "GPU's memory is full" in message and "GROUP" in message
+
+
 def test_missing_prompts_name_the_stage_that_writes_them(say, tmp_path):
     message = say("02_generate")
     assert f"{tmp_path}/run/01_prompts/prompts.txt cannot be read" in message
