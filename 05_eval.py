@@ -53,7 +53,7 @@ PANELS = 3                      # images per target in panels/
 WORKERS = preset(toy=0, paper=4)            # processes that read ahead; 0 is best on two cores
 
 RULES = """
-len({target.rpartition('/')[2] for target in TARGETS}) == len(TARGETS) > 0
+len({target.rstrip('/').rpartition('/')[2] for target in TARGETS}) == len(TARGETS) > 0
 PROTOCOL in ("native", "clouds")
 SHORT_SIDE == 0 or 32 <= SHORT_SIDE <= 8192
 len(OUT.strip()) > 0
@@ -131,7 +131,7 @@ def score(encoder, decoder, target, pairs, path, title):
         matrix += confusion(truth, prediction, len(CLASSES))
     with common.whole(path) as part, open(part, "wb") as file:
         np.save(file, matrix)
-    print(f"{title}: mIoU {mean_iou(matrix)[0]:.1f}, {len(pairs)} images", flush=True)
+    print(f"{title}: mIoU {mean_iou(matrix)[0]:.1f}, {len(pairs)} images")
     return matrix
 
 
@@ -202,7 +202,7 @@ def tables(rows):
 def add_to_panel(panel, name, network, target, pairs):
     """Add a checkpoint's prediction and errors to the cells of some images, panel[image]. A wrong
     pixel has the colour of the prediction, a right one is grey, an unlabelled one black."""
-    every = -(-len(pairs) // PANELS)
+    every = int(np.ceil(len(pairs) / PANELS))
     for pair in pairs[::every]:
         image, truth = read(target, SHORT_SIDE, PROTOCOL, pair)
         step = max(1, truth.shape[1] // 512)

@@ -23,6 +23,13 @@ def stage():
     return module
 
 
+def test_folders_are_told_apart_with_and_without_a_last_slash():
+    two = "--TARGETS=folder:a/day/,folder:a/dusk/"
+    common.override(vars(fresh("05_eval")), [two])
+    with pytest.raises(common.Stop, match="TARGETS"):
+        common.override(vars(fresh("05_eval")), ["--TARGETS=folder:a/day/,folder:b/day"])
+
+
 # ---------------------------------------------------------------------------- one matrix
 def test_the_confusion_matrix_counts_labelled_pixels_only(stage):
     assert stage.confusion(TRUTH, GUESS, 3).tolist() == [[3, 1, 0], [0, 2, 1], [0, 0, 0]]
