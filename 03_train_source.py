@@ -651,7 +651,8 @@ class Bookkeeping:
             axes.figure.savefig(part, format="png")
         self.run.finish()
         save_model(self.run.result, encoder, decoder, self.run)     # last: it means finished
-        self.checkpoint.unlink(missing_ok=True)
+        if common.RANK == 0:
+            self.checkpoint.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- the source stage

@@ -20,6 +20,7 @@ It worked if `labelled` stays high, if `changed` (labelled pixels to which SAM g
 is some percent and falls, and if the third column of the previews looks better than the second."""
 import copy
 import hashlib
+import time
 from functools import partial
 from importlib import import_module
 from itertools import repeat
@@ -98,6 +99,8 @@ def load_sam(name):
     if name not in SAM_FILES:
         raise Stop(f"SAM={name}: no such folder, and none of {', '.join(SAM_FILES)}")
     weights = Path("weights", SAM_FILES[name])
+    while common.RANK and not weights.exists():     # of several processes the first downloads
+        time.sleep(1)
     page = sam_page + weights.name
     remedy = f"get {page} into weights/ by hand, or do without: --REFINE=off"
     if not weights.exists():

@@ -126,7 +126,9 @@ def device():
     torch.set_float32_matmul_precision("high")                      # TensorFloat-32
     torch.utils.deterministic.fill_uninitialized_memory = False
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(gpu)      # or what pins memory would take room on the first one too
+        return gpu
     torch.use_deterministic_algorithms(True)
     if sys.platform == "linux":     # or glibc returns memory and faults it in again: 8 times slower
         for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):   # see mallopt(3)

@@ -440,6 +440,15 @@ def test_a_stray_rank_does_not_silence_a_run(monkeypatch, environment):
     assert common_under("toy", monkeypatch)["RANK"] == 0
 
 
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert common.device.__wrapped__() == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", 1)]
+
+
 def test_a_source_without_any_label_stops_the_run(say, folder):
     name = folder({"a": np.zeros((64, 64, 3))}, {"a": np.full((64, 64), 255)})
     message = say("03_train_source", f"--SOURCE={name}", *SMALL["03_train_source"])
