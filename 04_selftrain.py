@@ -341,13 +341,14 @@ def main():
     need_earlier_stages()
     encoder, student, about = source_stage.load_model(INIT)
     take_over(about["constants"])
-    run = common.Run(globals(), "model.safetensors")
+    files = painted_files(GENERATED) if N_GENERATED else []
+    free = ("SAM_CHUNK", "SAM_BATCH")
+    run = common.Run(globals(), "model.safetensors", free, pictures=len(files))
     if run.finished():
         return
     device = common.device()
     sam = load_sam(SAM).to(device) if N_GENERATED and REFINE != "off" else None
     crops = source_stage.SourceCrops(SOURCE, SEED, CROP, SCALE, encoder.fill)
-    files = painted_files(GENERATED) if N_GENERATED else []
     encoder.freeze(FREEZE_ENCODER)
     encoder.to(device).train(), student.to(device).train()
     optimizer, trained = source_stage.make_optimizer([(student, 1), (encoder, ENCODER_LR)],

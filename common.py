@@ -112,8 +112,8 @@ def launch(stage):
     except KeyboardInterrupt:
         sys.exit(f"\n{script}: stopped. The same command goes on where this one was.")
     except torch.OutOfMemoryError:
-        sys.exit(f"{script}: the GPU's memory is full. Lower BATCH or N_SOURCE, SAM_BATCH or "
-                 "SAM_CHUNK, GROUP, or set HALF=True; what is made is whole")
+        sys.exit(f"{script}: the GPU's memory is full. Lower SAM_BATCH or SAM_CHUNK; or, in "
+                 "another --OUT, lower BATCH, N_SOURCE or GROUP, or set HALF=True")
     except OSError as problem:
         if not problem.filename:
             raise

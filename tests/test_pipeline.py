@@ -216,6 +216,31 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(stopped, say, tmp_path):
     assert path.read_bytes() == content
 
 
+def test_only_the_first_process_forgets_the_checkpoint(tmp_path, monkeypatch):
+    stage, run = import_module("03_train_source"), SmallRun(tmp_path)
+    run.finish, run.result = lambda: None, None
+    monkeypatch.setattr(stage, "save_model", lambda *arguments: None)
+    book = stage.Bookkeeping(run, {}, 8)
+    book.save(3)
+    for rank, kept in ((1, True), (0, False)):
+        monkeypatch.setattr(common, "RANK", rank)
+        book.finish(None, None)
+        assert book.checkpoint.exists() == kept
+
+
+def test_self_training_does_not_go_on_with_more_or_fewer_pictures(finished, tmp_path, start, say,
+                                                                  capsys):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    record = run / "04_selftrain/run.json"
+    record.write_text(record.read_text().replace(str(finished[0]), str(run)))
+    assert start("04_selftrain", *SMALL["04_selftrain"], "--SAM_CHUNK=8", run=run) is None
+    assert "finished before" in capsys.readouterr().out
+    index = run / "02_generate/index.jsonl"
+    index.write_text("".join(index.read_text().splitlines(keepends=True)[:5]))
+    message = say("04_selftrain", *SMALL["04_selftrain"], run=run)
+    assert "was made with pictures=6 (now 5)" in message
+
+
 def test_a_checkpoint_of_other_constants_is_refused(stopped, say, tmp_path):
     run = shutil.copytree(stopped[0], tmp_path / "run")
     (run / "03_train_source/run.json").unlink()
