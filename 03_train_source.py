@@ -357,7 +357,7 @@ class Decoder(nn.Module):
         return out[:3], self.mask_features(out[3])
 
     def forward(self, features):
-        """-> class logits (L+1, B, Q, C+1), mask logits (L+1, B, Q, H/4, W/4): one prediction
+        """-> class logits (L, B, Q, C+1), mask logits (L, B, Q, H/4, W/4): L predictions, one
         before the first layer and one after each."""
         levels, pixels = self.pixels(features)
         codes = [position(level) for level in levels]
@@ -495,7 +495,7 @@ def mask_loss(class_logits, mask_logits, labels, n_points, weights, no_object, u
     entropy, dice = mask_costs(masks[:, None], labels, image, points, cls[:, None, None])
     n = mean_of_processes(max(1, len(cls) / len(class_logits)))
     terms = {"class": of_class.sum(), "mask": entropy.sum() / n, "dice": dice.sum() / n}
-    return sum(weight * term for weight, term in zip(weights, terms.values())), terms
+    return sum(w * term for w, term in zip(weights, terms.values())), terms
 
 
 # ---------------------------------------------------------------------------- optimiser

@@ -276,7 +276,7 @@ class PaintedPictures(Dataset):
 
 def pseudo_labels(encoder, teacher, sam, clean, embeddings, *seed):
     """The teacher's labels of clean pictures uint8 (n, 3, H, W), int64 (n, H, W); the same
-    redrawn by SAM (None: as they are); each picture's prompts."""
+    redrawn, if there is a `sam`; each picture's prompts."""
     # 1. the teacher labels the clean painted images: p = D_T(E(x))
     rough = source_stage.predict(encoder, teacher, clean, HALF).argmax(1)
     # 2. SAM redraws those labels (3.3)
@@ -298,14 +298,14 @@ def vital_signs(rough, pseudo, prompts):
 
 def preview(path, pictures, encoder, student, label):
     """image | teacher | SAM with its prompts | student, of the first four painted pictures.
-    label: (clean, embeddings) -> the teacher's labels, SAM's, prompts."""
+    label: (clean, embeddings, seed) -> the teacher's labels, SAM's, prompts."""
     shown = range(min(4, len(pictures.files)))
     clean = torch.stack([pictures.clean(k) for k in shown]).to(encoder.mean.device)
     embeddings = torch.stack([pictures.embedding(k) for k in shown]).to(clean.device)
     rough, pseudo, prompts = label(clean, embeddings, SEED)
-    encoder.eval(), student.eval()
+    encoder.eval()
     guess = source_stage.predict(encoder, student, clean, HALF).argmax(1)
-    encoder.train(), student.train()
+    encoder.train()
     rows = []
     for k in shown:
         image, teacher, sam, learnt = (
