@@ -567,7 +567,8 @@ def load_model(path):
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["about"])
         if about["classes"] != CLASSES:
-            raise Stop(f"{path} knows other classes: it was made with PRESET={about['preset']}")
+            raise Stop(f"{path} knows other classes (PRESET={about['preset']}): "
+                       + ", ".join(about["classes"]))
         weights = safetensors.torch.load_file(path)
         assert all(value.isfinite().all() for value in weights.values()), "not a number in it"
         encoder, decoder = Encoder(about["encoder"]), Decoder(**about["decoder"])
@@ -669,7 +670,7 @@ def preview(path, encoder, decoder, crops, half):
 
 
 def main():
-    run = common.Run(globals(), "model.safetensors")
+    run = common.Run(globals(), "model.safetensors", classes=CLASSES)
     if run.finished():
         return
     device = common.device()
