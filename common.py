@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -110,7 +110,7 @@ def launch(stage):
     except Stop as problem:     # a DataLoader's worker puts its traceback before the message
         sys.exit(f"{script}: {str(problem).rpartition('common.Stop: ')[2].strip()}")
     except KeyboardInterrupt:
-        sys.exit(f"\n{script}: stopped. The same command goes on where this one was.")
+        sys.exit(f"\n{script}: stopped. The same command goes on from what was saved.")
     except torch.OutOfMemoryError:
         sys.exit(f"{script}: the GPU's memory is full. Lower SAM_BATCH or SAM_CHUNK; or, in "
                  "another --OUT, lower BATCH, N_SOURCE or GROUP, or set HALF=True")
@@ -233,8 +233,9 @@ class Run:
         if self.result.exists() and not self.finished_before:
             raise Stop(f"{self.out} was finished by another job in this moment")
         for part in self.out.rglob("*.part"):       # left by a kill; no file takes an hour
-            if part.stat().st_mtime < time.time() - 3600:
-                part.unlink()
+            with suppress(FileNotFoundError):       # another job has renamed it by now
+                if part.stat().st_mtime < time.time() - 3600:
+                    part.unlink()
         git = ["git", "-C", HERE, "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         gpu = torch.cuda.is_available() and torch.cuda.get_device_name()
@@ -340,7 +341,7 @@ def pairs(name, split):
         if name != "gta" or image.stem not in GTA_LEFT_OUT:
             found.append((image, root / label[1:]))
     if not found:
-        raise Stop(f"no images at {root}/{pattern}\n  README, 'Data', says where they come from. "
+        raise Stop(f"no images at {root}/{pattern.format(split=split)}\n  README, 'Data', says where they come from. "
                    "To try the code without: PRESET=toy")
     need([(label, f"it is the label of {image}") for image, label in found])
     numbers = f" (official numbers of train, val: {official})" if official else ""
@@ -375,7 +376,8 @@ def read_label(path, name, size):
             table[list(row[column] if column else [train_id])] = train_id
         if column == 0 and name != "urbansyn":      # there, 19 has no label
             strange = np.setdiff1d(label, (*range(len(CLASSES)), IGNORE))
-            assert not len(strange), f"ids {strange}: expected 0 to {len(CLASSES) - 1}, or {IGNORE}"
+            known = f"expected 0 to {len(CLASSES) - 1} (PRESET={PRESET}), or {IGNORE}"
+            assert not len(strange), f"{known}, not ids {strange}"
         return table[np.clip(label, 0, 255)]
 
 

@@ -200,7 +200,7 @@ def stopped(data, tmp_path_factory):
 def test_sigterm_ends_as_ctrl_c(stopped):
     _, status, stderr = stopped
     assert status == 1
-    message = "03_train_source.py: stopped. The same command goes on where this one was."
+    message = "03_train_source.py: stopped. The same command goes on from what was saved."
     assert message in stderr.splitlines()       # the queue of a worker may speak, too
 
 
@@ -457,6 +457,22 @@ def test_two_processes_train_one_model_like_one_process(data, folder, tmp_path, 
     assert one[0]["loss"] - one[3]["loss"] > .1 * one[0]["loss"]        # there is something to miss
     one = load_file(tmp_path / "one/03_train_source/model.safetensors")
     assert one.keys() == load_file(out / "model.safetensors").keys()
+
+
+def test_two_processes_share_gradients_and_means(data, tmp_path):
+    (tmp_path / "pair.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from importlib import import_module
+import torch
+import common
+stage = import_module("03_train_source")
+layer = torch.nn.Linear(1, 1, bias=False)
+stage.distributed(layer)(torch.tensor([[1. + common.RANK]])).backward()
+assert layer.weight.grad == 1.5 and stage.mean_of_processes(common.RANK) == .5
+""")
+    done = torchrun(tmp_path / "pair", run=tmp_path / "run", data=data)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_error_in_a_worker_is_a_message_that_names_the_file(folder, say, tmp_path, capfd):
