@@ -254,7 +254,7 @@ def scores():
 TITLES = {("03_train_source.py", "__getitem__"): "labelled pictures, read and augmented",
           ("04_selftrain.py", "__getitem__"): "painted pictures, read and jittered",
           ("03_train_source.py", "predict"): "teacher's labels",
-          ("04_selftrain.py", "pseudo_labels"): "SAM's refinement",
+          ("04_selftrain.py", "refine"): "SAM's refinement",
           ("03_train_source.py", "mask_loss"): "matching and loss",
           ("_tensor.py", "backward"): "backward", ("adam.py", "step"): "optimiser"}
 

@@ -1,6 +1,6 @@
 """
-pretrain: train the four miniature foundation models on the miniature world's web, one command per
-model. Each resumes where it was killed.
+pretrain: train the four miniature foundation models on the miniature world's web, by five commands.
+Each resumes where it was killed.
 
     python tests/toy/pretrain.py clip --minutes=40          weights/clip: open_clip folder
     python tests/toy/pretrain.py sam --minutes=50           weights/sam: config.json and weights
@@ -12,7 +12,7 @@ The web: 15,000 scenes of all styles with captions and instance masks. world.py 
 data/toy/web when they are missing (5 minutes, 2.4 GB). No model here sees a train, validation or
 test scene, nor a class label; SAM sees masks without names, as the real one did.
 
-Checkpoints: data/toy/pretrain/MODEL.pt. Beside the weights lies training.json: command, steps,
+Checkpoints: data/toy/pretrain/*.pt. Beside the weights lies training.json: command, steps,
 minutes, losses, scores. The minutes count training only, on one core (OMP_NUM_THREADS=1; the last
 run of sam on two). The learning rate is a cosine over them, so a longer run is another run.
 --more begins at the shipped weights of sam or diffusion with a new cosine; training.json lists
@@ -591,6 +591,7 @@ def autoencoder(minutes):
     folder = WEIGHTS / "diffusion" / "vae"
     large.to(memory_format=torch.contiguous_format).half().save_pretrained(folder)
     keep_log(folder, minutes, rows, psnr_db=psnr)
+    (CACHE / "web/latents.npy").unlink(missing_ok=True)         # those of an earlier one
 
 
 # ------------------------------------------------------------------- text-to-image: diffusion
@@ -827,7 +828,8 @@ STAGES = {"clip": clip, "sam": sam, "autoencoder": autoencoder, "diffusion": dif
 def main(model="", minutes="", more=None, *rest):
     number = minutes.removeprefix("--minutes=")
     is_number = number != minutes and number.replace(".", "", 1).isdigit() and float(number) > 0
-    if model not in STAGES or not is_number or more not in (None, "--more") or rest:
+    options = (None, "--more") if model in ("sam", "diffusion") else (None,)
+    if model not in STAGES or not is_number or more not in options or rest:
         sys.exit(__doc__)
     common.device()                     # on a CPU: repeatable, and memory is kept
     try:

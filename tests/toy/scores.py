@@ -302,7 +302,7 @@ def score_llm():
     """What 01 kept and dropped."""
     info = json.loads((rows.ROOT / "01_prompts/run.json").read_text())
     lines = info["kept"] + sum(info["dropped"].values())
-    usable = ("repeated", "enough of these", "cut off")
+    usable = ("repeated", "enough of these")
     unparsed = sum(n for why, n in info["dropped"].items() if why not in usable)
     return {"kept": info["kept"], "lines": lines, "parse": 1 - unparsed / lines,
             "dropped": info["dropped"], "named": info["named"]}

@@ -90,7 +90,7 @@ SIGNALS = [(.1, .95, .3), (1., .75, .1), (1., .1, .1)]      # green, amber, red
 OFF = (0, 0, 0)
 
 # ------------------------------------------------------------------- places
-#         height of houses, their share of a row, and the chances of trees, fences, a far row
+#         height of houses, their share of a row, and the chances of trees and fences
 TALL =    {"city": (8, 17), "town": (5, 9), "village": (3.2, 5), "avenue": (6, 13)}
 HOUSES =  {"city": .95,     "town": .85,    "village": .6,       "avenue": .8}
 TREES =   {"city": .1,      "town": .25,    "village": .3,       "avenue": .55}
