@@ -16,21 +16,20 @@ STAGE = r"(0[1-5]_\w+)\.py((?: +--[A-Z_0-9]+=[^\s`;|&]*)*)"
 
 def commands():
     """[(preset, stage, arguments)] of README's shell blocks and of commands in its text, in order.
-    A block's `export PRESET=...` holds until its end, PRESET=... before a command for that."""
+    A block's `export PRESET=...` holds until its end, PRESET=... before a command for that; what
+    names runs/gta/ is of gta."""
     found = []
     parts = re.findall(r"```(?:bash|sh)\n(.*?)```|`([^`\n]*python 0[^`\n]*)`", README, re.DOTALL)
     for block, inline in parts:
-        preset = "toy"
         text = re.sub(r"\\\n\s*", " ", block or inline)
+        preset = "gta" if "runs/gta/" in text else "toy"
         for line in text.splitlines():
             line = line.partition(" #")[0]
             named = re.findall(r"\bPRESET=(\w+)", line)
             if named and re.match(r"\s*export ", line):
                 preset = named[0]
             for stage, arguments in re.findall(STAGE, line):
-                # a loop's variable is any number
-                arguments = re.sub(r"\$\{?\w+\}?", "1", arguments).split()
-                found.append((named[0] if named else preset, stage, tuple(arguments)))
+                found.append((named[0] if named else preset, stage, tuple(arguments.split())))
     return list(dict.fromkeys(found))
 
 

@@ -356,7 +356,7 @@ def test_a_record_that_is_something_else_is_named(say, tmp_path, content):
     assert "03_train_source/run.json: expected lines of JSON" in message and brief(message)
 
 
-def test_a_log_line_that_is_cut_off_does_not_lose_the_run(tmp_path):
+def test_a_line_that_is_cut_off_is_named(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
     with pytest.raises(common.Stop, match="log.jsonl: expected lines of JSON with step"):
         common.read_lines(tmp_path / "log.jsonl", "step")

@@ -549,7 +549,7 @@ def test_the_brightness_of_images_varies_as_in_the_official_code():
     random = np.random.default_rng(0)
     image = torch.from_numpy(random.normal(118, 40, (3, 12, 12)).clip(0, 255).astype(np.uint8))
     means = [stage.colour_jitter(image, random).float().mean() for _ in range(1_500)]
-    assert abs(np.std(means) - 29.2) < 3                # METHOD.md; contrast about the mean: 12.7
+    assert abs(np.std(means) - 29.2) < 3                # contrast about the mean would be 12.7
 
 
 # ------------------------------------------------------------ golden numbers, half precision

@@ -307,7 +307,7 @@ def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
             model = torch.nn.Linear(2, 1)
             monkeypatch.setattr(pretrain.math, "cos", lambda x: 1.)        # rates of one schedule
             def loss_of(step):
-                return model(torch.ones(1, 2)).pow(2).sum() + torch.randn(()), {}
+                return model(torch.ones(1, 2) + torch.randn(1, 2)).pow(2).sum(), {}
             pretrain.train(name, {"model": model}, loss_of, until, .1, ema=.9, every=1)
         return model.weight
     assert torch.equal(trained("once", 1), trained("twice", .5, 1))
