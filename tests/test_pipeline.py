@@ -468,7 +468,8 @@ import torch
 import common
 stage = import_module("03_train_source")
 layer = torch.nn.Linear(1, 1, bias=False)
-stage.distributed(layer)(torch.tensor([[1. + common.RANK]])).backward()
+module = stage.distributed(layer)
+module(torch.tensor([[1. + common.RANK]])).backward()
 assert layer.weight.grad == 1.5 and stage.mean_of_processes(common.RANK) == .5
 """)
     done = torchrun(tmp_path / "pair", run=tmp_path / "run", data=data)
