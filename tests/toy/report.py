@@ -121,7 +121,7 @@ SIZES = {
     "masks at 1/8":                      ("source_stride_8",    ()),
     "Mask2Former's head (transformers)": ("source_mask2former", ("--PIXEL_LAYERS=6",)),
     "the same, for as long as ours took": ("source_mask2former",
-                                           ("--PIXEL_LAYERS=6", "--ITERATIONS=160"))}
+                                           ("--PIXEL_LAYERS=6", "--ITERATIONS=270"))}
 
 
 # ------------------------------------------------------------------- running
@@ -221,8 +221,10 @@ def toy_run():
     if not (run / "05_eval/results.json").exists():
         return found
     for script in sorted(HERE.parents[1].glob("0*.py")):
-        about = json.loads((run / script.stem / "run.json").read_text())
-        found[script.stem] = {"seconds": about["wall_seconds"]}
+        record = run / script.stem / "run.json"
+        about = json.loads(record.read_text()) if record.exists() else {}
+        if "wall_seconds" in about:
+            found[script.stem] = {"seconds": about["wall_seconds"]}
     for row in json.loads((run / "05_eval/results.json").read_text())["rows"]:
         if row["name"] in found:            # others are the user's own experiments
             scores = row["targets"].values()
@@ -362,7 +364,7 @@ def lines_of_sam(m):
                f"highest; {m['pieces']} pieces)")
     correlation = "rank correlation of its ratings with the true IoU"
     return [["SAM", of_five, f"{m['iou_100_px_and_more']:.2f}"],
-            ["", "the same under 100 px", f"{m['iou_under_100_px']:.2f}"],
+            ["", "the same, 30 to 99 px", f"{m['iou_under_100_px']:.2f}"],
             ["", correlation, f"{m['rank_correlation']:.2f}"],
             ["", "by class", classes]]
 
@@ -391,8 +393,8 @@ def lines_of_diffusion(m):
 
 def lines_of_llm(m):
     least = min(m["named"].values())
-    measured = (f"of {m['lines']} lines parse; {m['kept']} prompts kept, least named class {least} "
-                "times")
+    measured = (f"lines that parse, of {m['lines']}; {m['kept']} prompts are kept, the rarest class "
+                f"is named {least} times")
     return [["LLM", measured, f"{100 * m['parse']:.0f} %"]]
 
 
@@ -554,4 +556,4 @@ if __name__ == "__main__":
     except common.Stop as problem:
         sys.exit(f"report.py: {problem}")
     except KeyboardInterrupt:
-        sys.exit("\nreport.py: stopped. The same command goes on where this one was.")
+        sys.exit("\nreport.py: stopped. The same command goes on from what was saved.")
