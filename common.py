@@ -333,15 +333,15 @@ def pairs(name, split):
         print(f"drawing the miniature world into {root.parent} (about a minute, once)")
         subprocess.run([sys.executable, HERE / "tests/toy/world.py", root.parent], check=True)
     _, pattern, changes, official = LAYOUTS.get(name, FOLDER)
-    found = []
-    for image in sorted(root.glob(pattern.format(split=split))):
+    found, pattern = [], pattern.format(split=split)
+    for image in sorted(root.glob(pattern)):
         label = f"/{image.relative_to(root).with_suffix('.png')}"
         for old, new in changes.items():
             label = label.replace(old, new)
         if name != "gta" or image.stem not in GTA_LEFT_OUT:
             found.append((image, root / label[1:]))
     if not found:
-        raise Stop(f"no images at {root}/{pattern.format(split=split)}\n  README, 'Data', says where they come from. "
+        raise Stop(f"no images at {root}/{pattern}\n  README, 'Data', says where they come from. "
                    "To try the code without: PRESET=toy")
     need([(label, f"it is the label of {image}") for image, label in found])
     numbers = f" (official numbers of train, val: {official})" if official else ""

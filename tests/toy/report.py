@@ -393,8 +393,8 @@ def lines_of_diffusion(m):
 
 def lines_of_llm(m):
     least = min(m["named"].values())
-    measured = (f"lines that parse, of {m['lines']}; {m['kept']} prompts are kept, the rarest class "
-                f"is named {least} times")
+    measured = (f"lines that parse, of {m['lines']}; {m['kept']} prompts are kept, the rarest "
+                f"class is named {least} times")
     return [["LLM", measured, f"{100 * m['parse']:.0f} %"]]
 
 
