@@ -21,7 +21,7 @@ from tqdm import tqdm
 import common
 from common import CLASSES, RUN, Stop, preset
 
-# in and out; the paper's Llama-2 is gated, and its 70B fits no GPU: meta-llama/Llama-2-7b-chat-hf
+# in and out; the paper's Llama-2 is gated, its 70B takes 140 GB: meta-llama/Llama-2-7b-chat-hf
 LLM = preset(toy=f"{common.MINIATURES}/llm", paper="Qwen/Qwen3-4B-Instruct-2507")   # Apache-2.0
 OUT = f"{RUN}/01_prompts"
 # request
