@@ -333,7 +333,8 @@ def pairs(name, split):
         print(f"drawing the miniature world into {root.parent} (about a minute, once)")
         subprocess.run([sys.executable, HERE / "tests/toy/world.py", root.parent], check=True)
     _, pattern, changes, official = LAYOUTS.get(name, FOLDER)
-    found, pattern = [], pattern.format(split=split)
+    pattern = pattern.format(split=split)
+    found = []
     for image in sorted(root.glob(pattern)):
         label = f"/{image.relative_to(root).with_suffix('.png')}"
         for old, new in changes.items():
