@@ -12,17 +12,21 @@ the whole web are not bent towards one video game. Only the decoder D learns, a 
 of queries, each of which predicts one mask and its class. Each class of an image is matched to one
 query, which learns that class and its mask; all other queries learn "no object" (eq. 1).
 
-It worked if the loss falls within the first hundred steps, and if the second column of the previews
-begins to look like the third."""
+Check: the loss falls within the first hundred steps, and the second column of the previews begins
+to look like the third."""
+import itertools
 import json
 import time
 import zipfile
 from collections import Counter
+from pathlib import Path
 
+import common
 import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from common import CLASSES, DATA, IGNORE, MINIATURES, RUN, Stop, expect, expect_numbers, preset
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import safe_open
@@ -31,9 +35,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2.functional import adjust_hue, pad, pil_to_tensor
 from tqdm import tqdm
-
-import common
-from common import CLASSES, DATA, IGNORE, MINIATURES, RUN, Stop, preset
 
 # ---------------------------------------------------------------------------- constants
 # in and out
@@ -73,22 +74,46 @@ LOG_EVERY = preset(toy=20, paper=50)
 SAVE_EVERY = preset(toy=100, paper=1_000)
 PREVIEW_EVERY = preset(toy=300, paper=2_000)
 
-TRAINING_RULES = """
-len(OUT.strip()) > 0 and len(set(SOURCE)) == len(SOURCE) > 0
-len(LOSS_WEIGHTS) == 3 and all(0 <= weight <= 1000 for weight in LOSS_WEIGHTS)
-0 <= NO_OBJECT <= 1 and 4 <= POINTS <= 10 ** 6 and UNLABELLED in ("ignore", "negative")
-len(CROP) == 2 and all(32 <= side <= 8192 and side % 32 == 0 for side in CROP)
-len(SCALE) == 2 and 0.01 <= SCALE[0] <= SCALE[1] <= 100
-0 < LR <= 1 and 0 <= ENCODER_LR <= 100 and SCHEDULE in ("constant", "poly")
-0 <= WARMUP <= 10 ** 8 and 0 <= WEIGHT_DECAY <= 10 and 0 < GRAD_CLIP <= 10 ** 6
-1 <= ITERATIONS <= 10 ** 8 and 0 <= SEED <= 10 ** 9 and 0 <= WORKERS <= 256
-min(LOG_EVERY, SAVE_EVERY, PREVIEW_EVERY) >= 1
-"""
-RULES = TRAINING_RULES + """
-32 <= DIM <= 4096 and DIM % 32 == 0 and 1 <= HIDDEN <= 100_000
-len(CLASSES) <= QUERIES <= 10_000 and 0 <= LAYERS <= 100 and 0 <= PIXEL_LAYERS <= 100
-1 <= BATCH <= 10_000
-"""
+
+def check():
+    """Refuse what would fail late, hang, or train nonsense in silence. Raises Stop."""
+    check_source(SOURCE)
+    expect_numbers(float, 0, 1000, 3, LOSS_WEIGHTS=LOSS_WEIGHTS)
+    expect(any(LOSS_WEIGHTS), f"{LOSS_WEIGHTS=}: one of them must be more than 0")
+    expect(UNLABELLED in ("ignore", "negative"), f"{UNLABELLED=}: expected ignore or negative")
+    expect_numbers(int, 32, 8192, 2, CROP=CROP)
+    expect(not any(side % 32 for side in CROP), f"{CROP=}: rows, columns, multiples of 32")
+    expect_numbers(float, .01, 100, 2, SCALE=SCALE)
+    expect(SCALE[0] <= SCALE[1], f"{SCALE=}: expected the lowest, then the highest")
+    expect(SCHEDULE in ("constant", "poly"), f"{SCHEDULE=}: expected constant or poly")
+    expect_numbers(float, 0, 1, NO_OBJECT=NO_OBJECT)
+    expect_numbers(float, 1e-12, 1, LR=LR)
+    expect_numbers(float, 0, 100, ENCODER_LR=ENCODER_LR, WEIGHT_DECAY=WEIGHT_DECAY)
+    expect_numbers(float, 1e-9, 10 ** 6, GRAD_CLIP=GRAD_CLIP)
+    expect_numbers(int, 0, 10 ** 9, SEED=SEED, WARMUP=WARMUP)
+    expect_numbers(int, 1, 10 ** 8, ITERATIONS=ITERATIONS, LOG_EVERY=LOG_EVERY,
+                   SAVE_EVERY=SAVE_EVERY, PREVIEW_EVERY=PREVIEW_EVERY)
+    expect_numbers(int, 0, 256, WORKERS=WORKERS, LAYERS=LAYERS, PIXEL_LAYERS=PIXEL_LAYERS)
+    expect_numbers(int, 4, 10 ** 6, POINTS=POINTS)
+    expect_numbers(int, len(CLASSES), 10_000, QUERIES=QUERIES)
+    expect_numbers(int, 32, 4096, DIM=DIM)
+    expect(DIM % 32 == 0, f"{DIM=}: expected a multiple of 32")
+    expect_numbers(int, 1, 100_000, HIDDEN=HIDDEN, BATCH=BATCH)
+    check_processes(BATCH)
+
+
+def check_source(names):
+    """SOURCE: a tuple of data sets, each named once, in whatever spelling. Raises Stop."""
+    right = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+    expect(right and names, f"SOURCE={names!r}: expected a tuple of data sets, as ('gta',)")
+    folders = [Path(name.removeprefix("folder:")).resolve() for name in names]
+    expect(len(set(folders)) == len(names), f"SOURCE={','.join(names)}: a data set is named twice")
+
+
+def check_processes(pictures):
+    """torchrun's processes deal the pictures of a step among them. Raises Stop."""
+    expect(pictures % common.PROCESSES == 0, f"{common.PROCESSES} processes cannot share "
+           f"{pictures} pictures per step evenly: torchrun with a number that divides {pictures}")
 
 
 # ---------------------------------------------------------------------------- augmentation (4.1)
@@ -118,61 +143,85 @@ def scale_and_crop(image, label, random, crop, scale, fill):
     """Random scale, random crop, colour jitter, flip. Image and label are sampled on one grid.
 
     image PIL RGB, label uint8 (H, W), crop (h, w), scale (lowest, highest), fill: RGB of what lies
-    outside, where the label is IGNORE -> uint8 (3, h, w), int64 (h, w)"""
+    outside, where the label is IGNORE -> uint8 (3, h, w), uint8 (h, w)"""
+    width, height = image.size
+    crop_height, crop_width = crop
     factor = random.uniform(*scale)
-    inside = np.minimum(crop[::-1], np.round(np.multiply(image.size, factor)))  # width and height
-    seen = np.minimum(inside / factor, image.size)          # what is inside, in the image's pixels
-    top, left = random.uniform(0, (image.size - seen)[::-1])
-    right, bottom = (left, top) + seen
-    box = (left, top, right, bottom)
-    size = inside.astype(int)
+    # how much of the scaled image the crop holds, and how much of the image itself that is
+    inside_width = max(1, min(crop_width, round(width * factor)))
+    inside_height = max(1, min(crop_height, round(height * factor)))
+    seen_width, seen_height = min(inside_width / factor, width), min(inside_height / factor, height)
+    top = random.uniform(0, height - seen_height)
+    left = random.uniform(0, width - seen_width)
+    box = left, top, left + seen_width, top + seen_height
+    size = inside_width, inside_height
     pixels = pil_to_tensor(image.resize(size, Image.BILINEAR, box=box))
     ids = pil_to_tensor(Image.fromarray(label).resize(size, Image.NEAREST, box=box))
-    outside = [0, 0, *(crop[::-1] - size)]                  # left, top, right, bottom
+    outside = [0, 0, crop_width - inside_width, crop_height - inside_height]    # right, below
     pixels = pad(colour_jitter(pixels, random), outside, fill)
-    ids = pad(ids, outside, IGNORE)[0].long()
-    flipped = [-1] if random.random() < .5 else []
-    return pixels.flip(flipped), ids.flip(flipped)
+    ids = pad(ids, outside, IGNORE)[0]
+    if random.random() < .5:
+        pixels, ids = pixels.flip(-1), ids.flip(-1)
+    return pixels, ids
 
 
-def shuffled(n, seed, i):
-    """The i-th of an endless stream that has each of n numbers once per epoch."""
-    return np.random.default_rng((seed, i // n, 1)).permutation(n)[i % n]
+def shuffled(n, key, i):
+    """The i-th of an endless stream that has each of n numbers once per epoch. key: a tuple of
+    whole numbers, another one is another order."""
+    return np.random.default_rng((*key, i // n)).permutation(n)[i % n]
 
 
 class SourceCrops(Dataset):
-    """An endless stream of augmented crops of some data sets. Item i depends on (seed, i) alone, so
-    a run that goes on sees what an uninterrupted one sees."""
+    """An endless stream of augmented crops of some data sets. Item i depends on i and on the key,
+    a tuple (seed, stage), alone, so that a resumed run sees what an uninterrupted one sees."""
 
-    def __init__(self, names, seed, crop, scale, fill=(0, 0, 0)):
-        self.found = [(*pair, name) for name in names for pair in common.pairs(name, "train")]
-        self.seed, self.crop, self.scale, self.fill = seed, crop, scale, fill
+    def __init__(self, names, key, crop, scale, fill=(0, 0, 0)):
+        self.found = []
+        for name in names:
+            self.found += [(*pair, name) for pair in common.pairs(name, "train")]
+        self.key, self.crop, self.scale, self.fill = key, crop, scale, fill
 
     def __getitem__(self, i):
-        image_path, label_path, name = self.found[shuffled(len(self.found), self.seed, i)]
-        image = common.read_image(image_path)
-        label = common.read_label(label_path, name, image.size)
-        random = np.random.default_rng((self.seed, i, 2))
+        which = shuffled(len(self.found), (*self.key, 1), i)
+        image, label = common.read_pair(*self.found[which])
+        random = np.random.default_rng((*self.key, 2, i))
         return scale_and_crop(image, label, random, self.crop, self.scale, self.fill)
 
+    def digest(self):
+        """What the stream is made of, as a text: see common.files_digest."""
+        return common.files_digest(path for *paths, _ in self.found for path in paths)
 
-def batches(dataset, size, first, last, workers):
-    """Batches number first to last - 1 of an endless dataset; every process has its share."""
-    if size % common.PROCESSES:
-        raise Stop(f"{common.PROCESSES} processes cannot share {size} images per step evenly")
-    items = range(first * size + common.RANK, last * size, common.PROCESSES)
-    return DataLoader(dataset, size // common.PROCESSES, sampler=items, num_workers=workers,
+
+def batches(dataset, size, first, last, workers, offset=0):
+    """Batches number first to last - 1 of an endless dataset, of `size` items. Several processes
+    deal the items of a step among them, one by one from process `offset` on; a process that has
+    none gets None for every step."""
+    mine = [k for k in range(size) if (offset + k) % common.PROCESSES == common.RANK]
+    if not mine:
+        return itertools.repeat(None, last - first)
+
+    def items():
+        for step in range(first, last):
+            for k in mine:
+                yield step * size + k
+    return DataLoader(dataset, len(mine), sampler=items(), num_workers=workers,
                       pin_memory=torch.cuda.is_available(), generator=torch.Generator())
 
 
 # ---------------------------------------------------------------------------- encoder
+fits = "What fits: CNNs of open_clip and timm, plain ViTs of timm, SegFormers of transformers"
+
+
 def load_library(name):
     """The encoder that LIBRARY:MODEL names -> (module, mean, std of its pictures). Raises Stop."""
     library, _, model = name.partition(":")
     if library == "open_clip":                          # a CNN tower, NAME/TAG
         import open_clip
-        local = model.startswith("local-dir:")
-        model, tag = (model, None) if local else model.rsplit("/", 1)
+        tag = None
+        if not model.startswith(("local-dir:", "hf-hub:")):
+            model, slash, tag = model.rpartition("/")
+            expect(slash, f"ENCODER={name}: expected open_clip:NAME/TAG, as "
+                          "open_clip:RN50-quickgelu/openai")
         tower = open_clip.create_model(model, pretrained=tag, require_pretrained=True).visual
         return tower, tower.image_mean, tower.image_std
     if library == "timm":                               # a CNN, or a plain ViT
@@ -184,8 +233,11 @@ def load_library(name):
             body = PlainViT(timm.create_model(model, dynamic_img_size=True, **options), strides[0])
         return body, about["mean"], about["std"]
     if library == "transformers":                       # a SegFormer
-        from transformers import SegformerModel
-        body = SegformerModel.from_pretrained(model.removeprefix("local-dir:"))
+        from transformers import AutoModel, SegformerModel
+        from transformers.utils import logging
+        logging.disable_progress_bar()
+        body = AutoModel.from_pretrained(model.removeprefix("local-dir:"), dtype=torch.float32)
+        expect(isinstance(body, SegformerModel), f"ENCODER={name} is no SegFormer. {fits}")
         return body, (.485, .456, .406), (.229, .224, .225)
     raise Stop(f"ENCODER={name}: expected open_clip:, timm: or transformers: and a model")
 
@@ -222,15 +274,22 @@ class Encoder(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.freeze(True)
-        self.channels = [maps.shape[1] for maps in self(torch.zeros(1, 3, 64, 64))]
+        with common.explain(f"the encoder {name} gives no maps", fits):
+            maps = self(torch.zeros(1, 3, 64, 64))
+        sizes = [tuple(one.shape[2:]) for one in maps]
+        expect(sizes == [(16, 16), (8, 8), (4, 4), (2, 2)],
+               f"the encoder {name} has no maps at strides 4, 8, 16 and 32. {fits}")
+        self.channels = [one.shape[1] for one in maps]
         self.freeze(frozen)
 
     def freeze(self, frozen):
         self.frozen = frozen
         self.is_pretrained = self.is_pretrained and frozen
         self.requires_grad_(not frozen).train()
-        if not frozen and hasattr(self.body, "set_grad_checkpointing"):
-            self.body.set_grad_checkpointing()      # ConvNeXt-L: 27 GB less
+        has_batch_norm = any(isinstance(m, nn.BatchNorm2d) for m in self.modules())
+        if not frozen and hasattr(self.body, "set_grad_checkpointing") and not has_batch_norm:
+            self.body.set_grad_checkpointing()      # ConvNeXt-L: 27 GB less. It computes twice,
+            #                                         and BatchNorm's statistics would move twice
 
     def train(self, mode=True):
         # frozen: neither BatchNorm's statistics nor DropPath may move
@@ -260,8 +319,9 @@ def resize(maps, size):
     return F.interpolate(maps, size, mode="bilinear")
 
 
-def position(maps):
-    """Mask2Former's sine code of maps (B, D, h, w): half for y, half for x -> (1, h * w, D)."""
+def position_code(maps):
+    """Mask2Former's sines and cosines of a pixel's place in maps (B, D, h, w): one half of the
+    channels for y, the other for x -> (1, h * w, D)."""
     dim, height, width = maps.shape[1:]
     y = torch.arange(1, height + 1, device=maps.device) / height
     x = torch.arange(1, width + 1, device=maps.device) / width
@@ -275,10 +335,10 @@ class PixelLayer(nn.Module):
     scale, then a feed-forward at every pixel; each with a residual, then a norm. It stands where
     Mask2Former has deformable attention over the same three strides."""
 
-    def __init__(self, dim, hidden):
+    def __init__(self, dim, width):
         super().__init__()
         self.mix = convolution(dim, dim, 5, groups=dim)
-        self.feed = nn.Sequential(nn.Conv2d(dim, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, dim, 1))
+        self.feed = nn.Sequential(nn.Conv2d(dim, width, 1), nn.ReLU(), nn.Conv2d(width, dim, 1))
         self.norms = nn.ModuleList(nn.GroupNorm(min(32, dim // 4), dim) for _ in range(2))
 
     def forward(self, maps):
@@ -295,21 +355,22 @@ class PixelLayer(nn.Module):
 class QueryLayer(nn.Module):
     """Masked cross-attention, self-attention, feed-forward; each with a residual, then a norm."""
 
-    def __init__(self, dim, heads, hidden):
+    def __init__(self, dim, heads, width):
         super().__init__()
-        self.cross = nn.MultiheadAttention(dim, heads, batch_first=True)
-        self.self_ = nn.MultiheadAttention(dim, heads, batch_first=True)
-        self.feed = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        self.cross_attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.self_attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.feed = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, dim))
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
 
-    def forward(self, queries, embed, memory, code, hidden):
-        """hidden bool (B, Q, N): where a query must not attend"""
-        hidden = hidden.repeat_interleave(self.cross.num_heads, 0)
-        attended, _ = self.cross(queries + embed, memory + code, memory, attn_mask=hidden,
-                                 need_weights=False)
+    def forward(self, queries, query_position, pixels, position, blocked):
+        """queries (B, Q, D), pixels (B, N, D), their positions, blocked bool (B, Q, N): where a
+        query must not attend -> queries"""
+        blocked = blocked.repeat_interleave(self.cross_attention.num_heads, 0)
+        attended, _ = self.cross_attention(queries + query_position, pixels + position, pixels,
+                                           attn_mask=blocked, need_weights=False)
         queries = self.norms[0](queries + attended)
-        q = queries + embed
-        attended, _ = self.self_(q, q, queries, need_weights=False)
+        q = queries + query_position
+        attended, _ = self.self_attention(q, q, queries, need_weights=False)
         queries = self.norms[1](queries + attended)
         return self.norms[2](queries + self.feed(queries))
 
@@ -318,27 +379,27 @@ class Decoder(nn.Module):
     """D of paper 3.1: Mask2Former's, with PixelLayers in place of deformable attention. channels:
     of the encoder's four maps; classes: C, without "no object"."""
 
-    def __init__(self, channels, classes, dim, queries, layers, hidden, pixel_layers, heads=8):
+    def __init__(self, channels, classes, dim, queries, layers, width, pixel_layers, heads=8):
         super().__init__()
         self.sizes = dict(channels=list(channels), classes=classes, dim=dim, queries=queries,
-                          layers=layers, hidden=hidden, pixel_layers=pixel_layers, heads=heads)
+                          layers=layers, width=width, pixel_layers=pixel_layers, heads=heads)
 
         def normed(channels, size):
             layer = convolution(channels, dim, size)
             return nn.Sequential(layer, nn.GroupNorm(min(32, dim // 4), dim))
         self.lateral = nn.ModuleList(normed(c, 1) for c in channels)
-        self.pixel_layers = nn.ModuleList(PixelLayer(dim, hidden) for _ in range(pixel_layers))
+        self.pixel_layers = nn.ModuleList(PixelLayer(dim, width) for _ in range(pixel_layers))
         self.smooth = nn.ModuleList(normed(dim, 3) for _ in channels)
         self.mask_features = convolution(dim, dim, 1)
-        self.layers = nn.ModuleList(QueryLayer(dim, heads, hidden) for _ in range(layers))
+        self.layers = nn.ModuleList(QueryLayer(dim, heads, width) for _ in range(layers))
         # Xavier as in Mask2Former; PixelLayer.mix, which it does not have, begins small with it
         for part in (*self.lateral[1:], *self.pixel_layers, *self.layers):
             for weight in part.parameters():
                 if weight.dim() > 1:
                     nn.init.xavier_uniform_(weight)
         self.query = nn.Embedding(queries, dim)
-        self.query_embed = nn.Embedding(queries, dim)
-        self.level_embed = nn.Embedding(3, dim)
+        self.query_position = nn.Embedding(queries, dim)
+        self.level = nn.Embedding(3, dim)
         self.norm = nn.LayerNorm(dim)
         self.class_head = nn.Linear(dim, classes + 1)
         self.mask_head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim),
@@ -359,21 +420,23 @@ class Decoder(nn.Module):
     def forward(self, features):
         """-> class logits (L, B, Q, C+1), mask logits (L, B, Q, H/4, W/4): L predictions, one
         before the first layer and one after each."""
-        levels, pixels = self.pixels(features)
-        codes = [position(level) for level in levels]
-        queries = self.query.weight.expand(len(pixels), -1, -1)
+        maps, mask_features = self.pixels(features)
+        positions = [position_code(level) for level in maps]
+        queries = self.query.weight.expand(len(mask_features), -1, -1)
         states, masks = [], []
         for i in range(len(self.layers) + 1):
             states.append(self.norm(queries))
-            masks.append(torch.einsum("bqd,bdhw->bqhw", self.mask_head(states[-1]), pixels))
+            embedding = self.mask_head(states[-1])
+            masks.append(torch.einsum("bqd,bdhw->bqhw", embedding, mask_features))
             if i == len(self.layers):
                 return self.class_head(torch.stack(states)), torch.stack(masks)
-            level = levels[i % 3]
+            level = maps[i % 3]
             # a query attends where its own mask is; where that is empty, everywhere
-            hidden = resize(masks[-1].detach().float(), level.shape[-2:]).flatten(2) <= 0
-            hidden &= ~hidden.all(-1, keepdim=True)
-            memory = level.flatten(2).mT + self.level_embed.weight[i % 3]
-            queries = self.layers[i](queries, self.query_embed.weight, memory, codes[i % 3], hidden)
+            blocked = resize(masks[-1].detach().float(), level.shape[-2:]).flatten(2) <= 0
+            blocked &= ~blocked.all(-1, keepdim=True)
+            pixels = level.flatten(2).mT + self.level.weight[i % 3]
+            queries = self.layers[i](queries, self.query_position.weight, pixels,
+                                     positions[i % 3], blocked)
 
 
 def semantic(class_logits, mask_logits, size):
@@ -403,21 +466,17 @@ def sample(maps, points, shape):
     return F.grid_sample(maps, grid, align_corners=False)[..., 0]
 
 
-def mask_costs(masks, labels, image, points, classes):
-    """Cross-entropy and dice between masks and the regions of classes, each with each.
+def mask_costs(logits, target, valid):
+    """Cross-entropy and dice between masks and regions, each with each, at some points.
 
-    masks (N, Q, h, w) of the images number `image` (N,), labels (B, H, W), points (N, P): the
-    pixels that are compared; IGNORE among them takes no part. classes (C,), or (N, 1, C) if they
-    differ -> two tensors (N, Q, C)"""
-    ids = labels.flatten(1)[image[:, None], points][..., None]
-    target, valid = (ids == classes).float(), (ids != IGNORE).float()           # (N, P, C or 1)
-    logits = sample(masks, points, labels.shape[1:])                            # (N, Q, P)
+    logits (N, Q, P) of masks; target float (N, P, C), 1 where a point belongs to a region; valid
+    float (N, P, 1), 0 where a point takes no part -> two tensors (N, Q, C)"""
     # the cross-entropy of a logit x with a target t is softplus(x) - x t
-    entropy = F.softplus(logits) @ valid - logits @ target
-    entropy = entropy / valid.sum(1, keepdim=True).clamp(min=1)
+    mask_ce = F.softplus(logits) @ valid - logits @ target
+    mask_ce = mask_ce / valid.sum(1, keepdim=True).clamp(min=1)
     p = logits.sigmoid()
     dice = 1 - (2 * p @ target + 1) / (p @ valid + target.sum(1, keepdim=True) + 1)
-    return entropy, dice
+    return mask_ce, dice
 
 
 @torch.no_grad()
@@ -429,11 +488,14 @@ def match(class_logits, mask_logits, labels, points, weights):
     layers, batch = class_logits.shape[:2]
     likely = class_logits.flatten(0, 1).softmax(-1)[..., :-1]
     classes = torch.arange(likely.shape[-1], device=labels.device)
-    image = torch.arange(batch, device=labels.device).repeat(layers)
-    entropy, dice = mask_costs(mask_logits.flatten(0, 1), labels, image, points[image], classes)
-    cost = weights[1] * entropy + weights[2] * dice - weights[0] * likely       # (L * B, Q, C)
+    image_index = torch.arange(batch, device=labels.device).repeat(layers)
+    ids = labels.flatten(1).gather(1, points)[image_index, :, None]             # (L * B, P, 1)
+    logits = sample(mask_logits.flatten(0, 1), points[image_index], labels.shape[1:])
+    mask_ce, dice = mask_costs(logits, (ids == classes).float(), (ids != IGNORE).float())
+    cost = weights[1] * mask_ce + weights[2] * dice - weights[0] * likely       # (L * B, Q, C)
     present = torch.zeros(batch, 256, dtype=torch.bool, device=labels.device)
-    present = present.scatter(1, labels.flatten(1), True)[image][:, None, :len(classes)]
+    present = present.scatter(1, labels.flatten(1), True)[image_index][:, None, :len(classes)]
+    # a class that the image lacks costs infinity: its column is left out, with one transfer for all
     cost = torch.where(present, cost.nan_to_num(), torch.inf)
     found = []
     for i, table in enumerate(cost.cpu().numpy()):              # waits for the GPU, once
@@ -444,30 +506,31 @@ def match(class_logits, mask_logits, labels, points, weights):
 
 
 @torch.no_grad()
-def uncertain_points(masks, labels, image, n):
-    """Pixels (M, n) at which masks (M, h, w) of images number `image` (M,) are taught: of three
+def uncertain_points(masks, labels, image_index, n):
+    """Pixels (M, n) at which masks (M, h, w) of images number image_index (M,) are taught: of three
     times as many random ones those where the mask is least sure, and a quarter at random, as
     Mask2Former. The masks of one image share the random pixels: that saves most of the drawing.
     None of the uncertain ones is of IGNORE while others are left."""
     def draw(count):
-        return torch.randint(labels[0].numel(), (len(labels), count), device=labels.device)[image]
+        shape = len(labels), count
+        return torch.randint(labels[0].numel(), shape, device=labels.device)[image_index]
     candidates, uncertain = draw(3 * n), 3 * n // 4
     others = draw(n - uncertain)
     sure = sample(masks[:, None], candidates, labels.shape[1:])[:, 0].abs()
-    sure[labels.flatten(1)[image[:, None], candidates] == IGNORE] = torch.inf
+    sure[labels.flatten(1)[image_index[:, None], candidates] == IGNORE] = torch.inf
     least = sure.topk(uncertain, largest=False, sorted=False).indices
     return torch.cat((candidates.gather(1, least), others), 1)
 
 
 @torch.no_grad()
 def taught_queries(mask_logits, labels):
-    """Which queries may be taught "no object" -> bool (L, B, Q): not in an image without any
-    label, nor where the mask lies mostly on IGNORE, for nobody knows what is there."""
+    """Which queries may be taught "no object" -> bool (L, B, Q): not those whose mask lies mostly
+    on IGNORE, for nobody knows what is there."""
     small = F.interpolate(labels[:, None].float(), mask_logits.shape[-2:])[:, 0]
     balance = torch.where(small == IGNORE, 1., -1.)
     taught = [torch.einsum("bqhw,bhw->bq", (layer > 0).float(), balance) <= 0
               for layer in mask_logits]
-    return torch.stack(taught) & (labels != IGNORE).flatten(1).any(1, keepdim=True)
+    return torch.stack(taught)
 
 
 def mask_loss(class_logits, mask_logits, labels, n_points, weights, no_object, unlabelled="ignore"):
@@ -478,6 +541,7 @@ def mask_loss(class_logits, mask_logits, labels, n_points, weights, no_object, u
     mask -> loss, {"class", "mask", "dice"}: scalars, each summed over the layers. Random points
     come from torch's default generator."""
     class_logits, mask_logits = class_logits.float(), mask_logits.float()
+    has_label = (labels != IGNORE).flatten(1).any(1, keepdim=True)          # of the image
     if unlabelled == "negative":
         labels = labels.masked_fill(labels == IGNORE, IGNORE - 1)       # an id that no class has
     points = torch.randint(labels[0].numel(), (len(labels), n_points), device=labels.device)
@@ -485,17 +549,26 @@ def mask_loss(class_logits, mask_logits, labels, n_points, weights, no_object, u
     # the class of every query: matched ones learn theirs, the others "no object"
     wanted = torch.full(class_logits.shape[:3], class_logits.shape[-1] - 1, device=labels.device)
     wanted[layer, image, query] = cls
-    weight = no_object * taught_queries(mask_logits, labels)
+    weight = no_object * (taught_queries(mask_logits, labels) & has_label)
     weight[layer, image, query] = 1
-    entropy = F.cross_entropy(class_logits.movedim(-1, 1), wanted, reduction="none")
-    of_class = (entropy * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-6)
+    class_ce = F.cross_entropy(class_logits.movedim(-1, 1), wanted, reduction="none")
+    class_ce = (class_ce * weight).sum((1, 2)) / over_processes(weight.sum((1, 2)), 1e-6)
     # the mask of every matched query: cross-entropy and dice at some of its pixels
     masks = mask_logits[layer, image, query]
     points = uncertain_points(masks, labels, image, n_points)
-    entropy, dice = mask_costs(masks[:, None], labels, image, points, cls[:, None, None])
-    n = mean_of_processes(max(1, len(cls) / len(class_logits)))
-    terms = {"class": of_class.sum(), "mask": entropy.sum() / n, "dice": dice.sum() / n}
+    ids = labels.flatten(1)[image[:, None], points][..., None]
+    target = (ids == cls[:, None, None]).float()
+    logits = sample(masks[:, None], points, labels.shape[1:])
+    mask_ce, dice = mask_costs(logits, target, (ids != IGNORE).float())
+    n = over_processes(masks.new_tensor(len(cls) / len(class_logits)), 1)
+    terms = {"class": class_ce.sum(), "mask": mask_ce.sum() / n, "dice": dice.sum() / n}
     return sum(w * term for w, term in zip(weights, terms.values())), terms
+
+
+def over_processes(total, least):
+    """What a loss is divided by: a total over all processes, at least `least`, per process. The
+    gradients' mean over the processes is then what one process would have for the whole batch."""
+    return common.sum_of_processes(total).clamp(min=least) / common.PROCESSES
 
 
 # ---------------------------------------------------------------------------- optimiser
@@ -524,22 +597,11 @@ def set_learning_rate(optimizer, lr, step, total, warmup, schedule):
         group["lr"] = rate * group["factor"]
 
 
-def distributed(module):
+def distributed(module, partly_used=False):
     """The module; under torchrun, if it trains, behind torch's DistributedDataParallel."""
     if common.PROCESSES == 1 or not next(module.parameters()).requires_grad:
         return module
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group()
-    return nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
-
-
-def mean_of_processes(number):
-    """A number's mean over the processes: Mask2Former normalises its losses by it."""
-    if common.PROCESSES == 1:
-        return number
-    total = torch.tensor(float(number), device=common.device())
-    torch.distributed.all_reduce(total)
-    return total / common.PROCESSES
+    return nn.parallel.DistributedDataParallel(module, find_unused_parameters=partly_used)
 
 
 # ---------------------------------------------------------------------------- saving and loading
@@ -553,57 +615,81 @@ def network(encoder, decoder):
 
 def save_model(path, encoder, decoder, run):
     """A finished network as one safetensors file that explains itself."""
-    about = {"stage": run.stage, "preset": common.PRESET, "constants": run.constants,
-             "classes": CLASSES, "encoder": encoder.name, "decoder": decoder.sizes}
+    about = {"format": 2, "stage": run.stage, "preset": common.PRESET,
+             "constants": run.inherited | run.constants, "classes": CLASSES,
+             "encoder": common.portable(encoder.name), "decoder": decoder.sizes}
+    weights = {}
+    for name, value in network(encoder, decoder).state_dict().items():
+        weights[name] = value.contiguous()
     with common.whole(path) as part:
-        safetensors.torch.save_model(network(encoder, decoder), part, {"about": json.dumps(about)})
+        part.write_bytes(safetensors.torch.save(weights, {"about": json.dumps(about)}))
+
+
+def model_file(path):
+    """The file of a network; of a run's folder its model.safetensors."""
+    return Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
 
 
 def load_model(path):
     """-> encoder, decoder (on the CPU, in eval mode), about: {"stage", "preset", "constants",
     "classes", "encoder", "decoder"} of the run that saved them. Raises Stop."""
-    with common.explain(f"{path} is damaged, or no network of this version of the repo",
-                        "train it again into another --OUT"):
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["about"])
-        if about["classes"] != CLASSES:
-            raise Stop(f"{path} knows other classes (PRESET={about['preset']}): "
-                       + ", ".join(about["classes"]))
+    path = model_file(path)
+    path.open("rb").close()                 # what cannot be opened is not called damaged
+    remedy = "train it again into another --OUT"
+    with common.explain(f"{path} is damaged", remedy), safe_open(path, "pt") as file:
+        about = json.loads((file.metadata() or {}).get("about", "{}"))
         weights = safetensors.torch.load_file(path)
-        assert all(value.isfinite().all() for value in weights.values()), "not a number in it"
-        encoder, decoder = Encoder(about["encoder"]), Decoder(**about["decoder"])
-        encoder.is_pretrained = not any(name.startswith("encoder.") for name in weights)
-        network(encoder, decoder).load_state_dict(weights)
+    expect(about.get("format") == 2, f"{path} is no network of this version of the repo: {remedy}")
+    expect(about["classes"] == CLASSES, f"{path} knows other classes (PRESET={about['preset']}): "
+           + ", ".join(about["classes"]))
+    finite = all(value.isfinite().all() for value in weights.values())
+    expect(finite, f"{path} holds what is not a number: {remedy}")
+    sizes = about["decoder"]
+    expect(sizes["layers"] + sizes["pixel_layers"] <= len(weights), f"{path} is damaged: {remedy}")
+    encoder = Encoder(common.located(about["encoder"]))
+    encoder.is_pretrained = not any(name.startswith("encoder.") for name in weights)
+    with torch.device("meta"):              # its weights are those of the file
+        decoder = Decoder(**sizes)
+    with common.explain(f"{path} is damaged", remedy):
+        network(encoder, decoder).load_state_dict(weights, assign=True)
     return encoder.eval(), decoder.eval(), about
 
 
-class Bookkeeping:
-    """What a training stage keeps besides the method: checkpoint.pt, log.jsonl, a progress bar.
-    parts: {name: module or optimiser}: they go on from checkpoint.pt if there is one. Raises Stop
-    if that is damaged or of another run."""
+class Progress:
+    """Where a training stage stands: its step, the lines of log.jsonl, and checkpoint.pt, from
+    which it resumes. parts: {name: module or optimiser}, what a checkpoint holds. Raises Stop if
+    that is damaged or of another run."""
 
     def __init__(self, run, parts, total):
         self.run, self.parts, self.total = run, parts, total
         self.first, self.lines, self.sums = 0, [], Counter()
         self.checkpoint = run.out / "checkpoint.pt"
-        if not self.checkpoint.exists():
-            return
-        with common.explain(f"{self.checkpoint} is damaged", "remove it to begin again"):
-            assert zipfile.ZipFile(self.checkpoint).testzip() is None    # torch.load checks no sums
+        if self.checkpoint.exists():
+            self.resume()
+
+    def resume(self):
+        remedy = f"remove {self.checkpoint} to begin again"
+        with common.explain(f"{self.checkpoint} is damaged", remedy):
+            damaged = zipfile.ZipFile(self.checkpoint).testzip()    # torch.load checks no sums
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            self.first, self.lines = state["step"], state["lines"]
-            assert 0 < self.first < total, f"step {self.first}"
-            run.compare(state["constants"])
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        print(f"goes on from step {self.first}")
+        expect(not damaged and 0 < state["step"] < self.total, f"{self.checkpoint} is damaged: "
+                                                               f"{remedy}")
+        self.run.compare(state["constants"])
+        self.first, self.lines = state["step"], state["lines"]
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+            values = part.parameters() if isinstance(part, nn.Module) else ()
+            expect(all(value.isfinite().all() for value in values),
+                   f"{self.checkpoint} holds what is not a number: {remedy}")
+        print(f"resuming at step {self.first}")
 
     def steps(self, loader):
         """(step, batch) of a loader's batches; the time that they take counts as waiting."""
-        bar = tqdm(loader, initial=self.first, total=self.total, disable=common.RANK > 0 or None)
+        self.bar = tqdm(loader, initial=self.first, total=self.total, dynamic_ncols=True,
+                        disable=common.RANK > 0 or None)
         self.logged, self.since = self.first, time.time()
         before = self.since
-        for step, batch in enumerate(bar, self.first):
+        for step, batch in enumerate(self.bar, self.first):
             self.sums["wait"] += time.time() - before
             yield step, batch
             before = time.time()
@@ -616,44 +702,62 @@ class Bookkeeping:
             self.log(done)
 
     def log(self, done):
-        """Write the means since the last line. Raises Stop if one is not a number."""
+        """Write the means since the last line, over all processes. Raises Stop if one is not a
+        number."""
         self.sums["seconds"] = time.time() - self.since
+        sums = [torch.as_tensor(value, device=common.device()) for value in self.sums.values()]
+        means = common.sum_of_processes(torch.stack([value.double() for value in sums]))
+        means = (means / common.PROCESSES / (done - self.logged)).tolist()      # waits for the GPU
         line = {"step": done}
-        for name, total in self.sums.items():                   # waits for the GPU
-            line[name] = round(float(total) / (done - self.logged), 5)
-            if not np.isfinite(line[name]):
-                raise Stop(f"not a number before step {done}. {self.checkpoint}, if there is one, "
-                           "is from before. Try a smaller LR, or HALF=False")
+        line |= {name: round(mean, 5) for name, mean in zip(self.sums, means)}
+        if not np.isfinite(means).all():
+            raise Stop(f"not a number before step {done}. {self.checkpoint}, if there is one, is "
+                       "from before. Try a smaller LR, or HALF=False")
         if line.get("loss") == 0:
             raise Stop("the loss is 0: no pixel has a label. tests/check_data.py shows a data set")
         self.lines.append(line)
-        common.write_text(self.run.out / "log.jsonl", "\n".join(map(json.dumps, self.lines)) + "\n")
-        tqdm.write(json.dumps(line))
+        if common.RANK == 0:
+            text = "".join(json.dumps(one) + "\n" for one in self.lines)
+            common.write_text(self.run.out / "log.jsonl", text)
+        terms = ", ".join(f"{name} {line[name]:.2f}" for name in ("class", "mask", "dice"))
+        signs = [f"{name} {line[name]:.2f}" for name in ("labelled", "changed") if name in line]
+        vital = " | ".join([f"loss {line['loss']:.2f} ({terms})", *signs])
+        self.bar.set_postfix_str(vital, refresh=False)
+        tqdm.write(f"step {done}/{self.total} | {vital} | {line['seconds']:.2f} s")
         self.sums.clear()
         self.logged, self.since = done, time.time()
 
     def save(self, done):
+        """Write checkpoint.pt."""
         if self.sums:
             self.log(done)              # what is not a number is not saved
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"step": done, "lines": self.lines, "constants": self.run.constants}
+        if common.RANK:
+            return
         with common.whole(self.checkpoint) as part:
-            torch.save(state, part)
+            with common.explain(f"{self.checkpoint} cannot be written", common.AGAIN):
+                torch.save(state, part)
 
     def finish(self, encoder, decoder):
         """Draw the losses, save the network, and forget the checkpoint."""
-        axes = Figure((8, 4), layout="constrained").subplots()
-        steps = [line["step"] for line in self.lines]
-        for name in ("loss", "class", "mask", "dice"):
-            axes.semilogy(steps, [line[name] for line in self.lines], label=name)
-        axes.set_xlabel("step")
-        axes.legend()
-        with common.whole(self.run.out / "loss.png") as part:
-            axes.figure.savefig(part, format="png")
+        if common.RANK:
+            return
+        draw_losses(self.run.out / "loss.png", self.lines)
         self.run.finish()
         save_model(self.run.result, encoder, decoder, self.run)     # last: it means finished
-        if common.RANK == 0:
-            self.checkpoint.unlink(missing_ok=True)
+        self.checkpoint.unlink(missing_ok=True)
+
+
+def draw_losses(path, lines):
+    axes = Figure((8, 4), layout="constrained").subplots()
+    steps = [line["step"] for line in lines]
+    for name in ("loss", "class", "mask", "dice"):
+        axes.semilogy(steps, [line[name] for line in lines], label=name)
+    axes.set_xlabel("step")
+    axes.legend()
+    with common.whole(path) as part:
+        axes.figure.savefig(part, format="png")
 
 
 # ---------------------------------------------------------------------------- the source stage
@@ -670,11 +774,13 @@ def preview(path, encoder, decoder, crops, half):
 
 
 def main():
-    run = common.Run(globals(), "model.safetensors", classes=CLASSES)
+    crops = SourceCrops(SOURCE, (SEED, 3), CROP, SCALE)
+    facts = {"classes and ids": common.class_ids(), "source pairs": crops.digest()}
+    run = common.Run(globals(), "model.safetensors", facts=facts)
     if run.finished():
         return
     device = common.device()
-    crops = SourceCrops(SOURCE, SEED, CROP, SCALE)
+    half = common.bfloat16(HALF)
     encoder = Encoder(ENCODER, FREEZE_ENCODER).to(device)
     crops.fill = encoder.fill
     torch.manual_seed(SEED)
@@ -685,16 +791,17 @@ def main():
     if not FREEZE_ENCODER:
         parts["encoder"] = encoder
 
-    run.start()
-    book = Bookkeeping(run, parts, ITERATIONS)
-    E = distributed(encoder)
-    D = distributed(decoder)
-    loader = batches(crops, BATCH, book.first, ITERATIONS, WORKERS)
-    for step, batch in book.steps(loader):
-        torch.manual_seed(SEED * 10 ** 9 + step)            # a step repeats when a run goes on
-        images, labels = (part.to(device, non_blocking=True) for part in batch)
+    run.start(bfloat16=half)
+    progress = Progress(run, parts, ITERATIONS)
+    E = distributed(encoder, partly_used=True)          # open_clip's towers have a head besides
+    D = distributed(decoder, partly_used=LAYERS == 0)
+    loader = batches(crops, BATCH, progress.first, ITERATIONS, WORKERS)
+    for step, (images, labels) in progress.steps(loader):
+        torch.manual_seed((10 * SEED + 3) * 10 ** 9 + step)     # a step repeats after a resume
+        images = images.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True).long()
         # the decoder predicts masks and their classes from the frozen features
-        with torch.autocast(device.type, torch.bfloat16, enabled=HALF):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             classes, masks = D(E(images))
         # eq. 1
         loss, terms = mask_loss(classes, masks, labels, POINTS, LOSS_WEIGHTS, NO_OBJECT, UNLABELLED)
@@ -705,13 +812,13 @@ def main():
         optimizer.step()
 
         done = step + 1
-        book.record(done, {"loss": loss, **terms, "norm": norm}, LOG_EVERY)
-        if done % PREVIEW_EVERY == 0 or done == ITERATIONS:
+        progress.record(done, {"loss": loss, **terms, "norm": norm}, LOG_EVERY)
+        if common.RANK == 0 and (done % PREVIEW_EVERY == 0 or done == ITERATIONS):
             shown = [crops[ITERATIONS * BATCH + i] for i in range(4)]
-            preview(run.out / f"preview_{done:06d}.png", encoder, decoder, shown, HALF)
+            preview(run.out / f"preview_{done:06d}.png", encoder, decoder, shown, half)
         if done % SAVE_EVERY == 0 and done < ITERATIONS:
-            book.save(done)
-    book.finish(encoder, decoder)
+            progress.save(done)
+    progress.finish(encoder, decoder)
 
 
 if __name__ == "__main__":

@@ -16,18 +16,21 @@ theta_T <- theta <- theta_0. Each step, on N_SOURCE labelled and N_GENERATED pai
      flipped and jittered
   4. theta_T <- EMA theta_T + (1 - EMA) theta                                               (eq. 2)
 
-It worked if `labelled` stays high, if `changed` (labelled pixels to which SAM gave another class)
-is some percent and falls, and if the third column of the previews looks better than the second."""
+Check: `labelled` stays high, `changed` (labelled pixels to which SAM gave another class) is some
+percent and falls, and the third column of the previews looks better than the second.
+
+The crop, the loss and the optimiser are those of the run of INIT: init.CROP, init.POINTS ..."""
 import copy
 import hashlib
 import time
-from functools import partial
 from importlib import import_module
-from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
 
+import common
 import numpy as np
 import torch
+from common import CLASSES, DATA, IGNORE, MINIATURES, RUN, Stop, expect, expect_numbers, preset
 from PIL import Image, ImageOps
 from scipy import ndimage
 from segment_anything import sam_model_registry
@@ -36,14 +39,20 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import common
-from common import CLASSES, IGNORE, MINIATURES, RUN, Stop, preset
-
-source_stage = import_module("03_train_source")     # the network and its loss (paper 3.1)
+source_stage = import_module("03_train_source")     # digits keep `import` from working
+load_model = source_stage.load_model                # the network and its loss (paper 3.1)
+predict = source_stage.predict
+mask_loss = source_stage.mask_loss
+set_learning_rate = source_stage.set_learning_rate
+colour_jitter = source_stage.colour_jitter
+batches = source_stage.batches
+distributed = source_stage.distributed
 
 # ---------------------------------------------------------------------------- constants
 # in and out
 INIT = f"{RUN}/03_train_source/model.safetensors"
+SOURCE = preset(toy=(f"folder:{DATA}/toy/game_train",), gta=("gta",), synthia=("synthia",),
+                cityscapes=("cityscapes",))
 GENERATED = f"{RUN}/02_generate/index.jsonl"        # or folder:PATH, any pictures of your own
 N_PICTURES = 0                                      # only the first so many (Figure 5); 0: all
 OUT = f"{RUN}/04_selftrain"
@@ -55,6 +64,7 @@ SAM_POINTS = 5                                      # random points per componen
 SAM_MIN_AREA = preset(toy=100, paper=5_000)         # pixels of a component (Figure 6), at CROP
 SAM_CHUNK = 64                                      # prompts per pass of SAM's decoder
 SAM_BATCH = preset(toy=1, paper=8)                  # pictures per pass of SAM's encoder
+UNLABELLED = "ignore"                               # "negative": background of all masks (official)
 # teacher
 EMA = preset(toy=0.98, paper=0.999)                 # alpha of eq. 2; 1: a teacher that never moves
 EMA_EVERY = 1                                       # steps; official: 100: 67 % theta_0 at the end
@@ -64,30 +74,54 @@ N_SOURCE = preset(toy=4, paper=6)                   # labelled images per step
 N_GENERATED = 2                                     # painted ones; official: random, 2.3 on average
 LR = preset(toy=5e-4, paper=1e-5, cityscapes=1e-4)  # paper 4.1
 WARMUP = preset(toy=20, paper=0)                    # steps
+FREEZE_ENCODER = True                               # False: Table 5's trainable encoder
+HALF = preset(toy=False, paper=True)                # bfloat16 in forward passes; official: float32
 SEED = 0
-# as in the run of INIT, unless they are set here
-shared = ("SOURCE", "CROP", "SCALE", "LOSS_WEIGHTS", "NO_OBJECT", "POINTS", "UNLABELLED",
-          "FREEZE_ENCODER", "ENCODER_LR", "SCHEDULE", "WEIGHT_DECAY", "GRAD_CLIP", "HALF")
-globals().update({name: getattr(source_stage, name) for name in shared})
 # running
 WORKERS = preset(toy=0, paper=8)                    # processes that read, as many for each kind
 LOG_EVERY = preset(toy=20, paper=50)
 SAVE_EVERY = preset(toy=100, paper=1_000)
 PREVIEW_EVERY = preset(toy=200, paper=2_000)
 
-RULES = source_stage.TRAINING_RULES + """
-REFINE in ("points", "off", "vote")
-len(GENERATED.strip()) > 0
-1 <= SAM_POINTS <= 10_000 and 1 <= SAM_CHUNK <= 10_000 and 1 <= SAM_BATCH <= 1000
-0 <= SAM_MIN_AREA <= 10 ** 8
-0 <= EMA <= 1 and EMA_EVERY >= 1
-1 <= N_SOURCE <= 10_000 and 0 <= N_GENERATED <= 10_000 and N_PICTURES >= 0
-"""
+
+def check():
+    """Refuse what would fail late, hang, or train nonsense in silence. Raises Stop."""
+    source_stage.check_source(SOURCE)
+    expect(REFINE in ("points", "off", "vote"), f"{REFINE=}: expected points, off or vote")
+    expect(UNLABELLED in ("ignore", "negative"), f"{UNLABELLED=}: expected ignore or negative")
+    expect_numbers(int, 1, 10_000, SAM_POINTS=SAM_POINTS, SAM_CHUNK=SAM_CHUNK, SAM_BATCH=SAM_BATCH,
+                   EMA_EVERY=EMA_EVERY)
+    expect_numbers(int, 0, 10 ** 9, SAM_MIN_AREA=SAM_MIN_AREA, SEED=SEED, WARMUP=WARMUP,
+                   N_PICTURES=N_PICTURES)
+    expect_numbers(float, 0, 1, EMA=EMA)
+    expect_numbers(int, 1, 10 ** 8, ITERATIONS=ITERATIONS, LOG_EVERY=LOG_EVERY,
+                   SAVE_EVERY=SAVE_EVERY, PREVIEW_EVERY=PREVIEW_EVERY)
+    expect_numbers(int, 0, 10_000, N_SOURCE=N_SOURCE, N_GENERATED=N_GENERATED)
+    expect(N_SOURCE > 0, f"{N_SOURCE=}: without labelled images nothing holds the classes")
+    expect_numbers(float, 1e-12, 1, LR=LR)
+    expect_numbers(int, 0, 256, WORKERS=WORKERS)
+    source_stage.check_processes(N_SOURCE + N_GENERATED)
+
+
+def inherited(about):
+    """What holds here as in the run of INIT -> its constants as attributes: init.CROP ... Says
+    where the file of 03 reads otherwise by now. Raises Stop."""
+    names = ("CROP", "SCALE", "LOSS_WEIGHTS", "NO_OBJECT", "POINTS", "ENCODER_LR", "SCHEDULE",
+             "WEIGHT_DECAY", "GRAD_CLIP")
+    init = SimpleNamespace()
+    for name in names:
+        expect(name in about["constants"], f"{INIT} records no {name}: train it again")
+        value = about["constants"][name]
+        setattr(init, name, tuple(value) if isinstance(value, list) else value)
+        in_file = getattr(source_stage, name)
+        if in_file != getattr(init, name):
+            print(f"{name}={getattr(init, name)} as in the run of INIT; the file of 03 has {in_file}")
+    return init
 
 
 # ---------------------------------------------------------------------------- SAM
 sam_page = "https://dl.fbaipublicfiles.com/segment_anything/"
-SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth",
+sam_files = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth",
              "vit_h": "sam_vit_h_4b8939.pth"}               # 0.4, 1.2 and 2.6 GB, into weights/
 
 
@@ -96,46 +130,68 @@ def load_sam(name):
     once, or a folder like the miniature's. Raises Stop."""
     if Path(name).is_dir():
         return import_module("tests.toy.sam").load(name)
-    if name not in SAM_FILES:
-        raise Stop(f"SAM={name}: no such folder, and none of {', '.join(SAM_FILES)}")
-    weights = Path("weights", SAM_FILES[name])
+    if name not in sam_files:
+        raise Stop(f"SAM={name}: no such folder, and none of {', '.join(sam_files)}")
+    weights = common.HERE / "weights" / sam_files[name]
     while common.RANK and not weights.exists():     # of several processes the first downloads
         time.sleep(1)
     page = sam_page + weights.name
-    remedy = f"get {page} into weights/ by hand, or do without: --REFINE=off"
+    remedy = f"get {page} into {weights.parent} by hand, or do without: --REFINE=off"
     if not weights.exists():
-        with common.whole(weights) as part, common.explain(f"SAM {name}: no download", remedy):
-            torch.hub.download_url_to_file(page, str(part))
-            md5 = hashlib.md5(part.read_bytes()).hexdigest()
-            assert md5.startswith(weights.stem[-6:]), f"damaged on the way, MD5 {md5}"
-    with common.explain(f"{weights} is damaged", remedy):
-        return sam_model_registry[name](weights).eval().requires_grad_(False)
+        with common.whole(weights) as part:
+            with common.explain(f"SAM {name}: no download", remedy):
+                torch.hub.download_url_to_file(page, str(part))
+            with part.open("rb") as file:
+                md5 = hashlib.file_digest(file, "md5").hexdigest()
+            expect(md5.startswith(weights.stem[-6:]), f"{page} came damaged: {remedy}")
+    weights.open("rb").close()                      # what cannot be opened is not called damaged
+    with common.explain(f"{weights} is damaged", f"remove it, then {remedy}"):
+        sam = sam_model_registry[name](weights).eval().requires_grad_(False)
+    finite = all(value.isfinite().all() for value in sam.parameters())
+    expect(finite, f"{weights} holds what is not a number: remove it, then {remedy}")
+    return sam
 
 
 @torch.no_grad()
-def embed_pictures(sam, files):
-    """SAM's embedding of every picture at CROP, computed once and kept on disk as float16, named by
-    the contents of picture and SAM -> paths of .npy files."""
-    weights = b"".join(value.cpu().numpy().tobytes() for value in sam.state_dict().values())
-    folder = Path(RUN, "sam_embeddings", f"{sha256(weights)}_{CROP[0]}x{CROP[1]}_half={HALF}")
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {file: folder / f"{sha256(file.read_bytes())}.npy" for file in files}
-    missing = [file for file in files if not paths[file].exists()]
+def embed_pictures(sam, files, size, half):
+    """SAM's embedding of every picture at `size` (rows, columns), computed once and kept on disk as
+    float16, named by the contents of picture and SAM -> paths of .npy files. Several processes
+    deal the pictures among them."""
+    weights = common.digest(v.cpu().numpy().tobytes() for v in sam.state_dict().values())
+    folder = Path(RUN, "sam_embeddings", f"{weights}_{size[0]}x{size[1]}_half={half}")
+    paths = [folder / f"{common.digest([file.read_bytes()])}.npy" for file in files]
+    shape = sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size
+    missing = {}                                        # pictures of one content share a file
+    for file, path in list(zip(files, paths))[common.RANK::common.PROCESSES]:
+        if not is_embedding(path, shape):
+            missing[path] = file
+    missing = list(missing.items())
     resize = ResizeLongestSide(sam.image_encoder.img_size)
     for start in tqdm(range(0, len(missing), SAM_BATCH), "SAM's embeddings", disable=None):
         part = missing[start:start + SAM_BATCH]
-        pixels = np.stack([resize.apply_image(np.asarray(fit(file, CROP))) for file in part])
+        pixels = np.stack([resize.apply_image(np.asarray(fit(file, size))) for _, file in part])
         pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().to(sam.device)
-        with torch.autocast(sam.device.type, torch.bfloat16, enabled=HALF):
+        with torch.autocast(sam.device.type, torch.bfloat16, enabled=half):
             embeddings = sam.image_encoder(sam.preprocess(pixels)).half().cpu().numpy()
-        for file, embedding in zip(part, embeddings):
-            with common.whole(paths[file]) as unfinished, open(unfinished, "wb") as out:
+        for (path, file), embedding in zip(part, embeddings):
+            expect(np.isfinite(embedding).all(), f"SAM's embedding of {file} is not a number: try "
+                                                 "HALF=False")
+            with common.whole(path) as unfinished, unfinished.open("wb") as out:
                 np.save(out, embedding)
-    return list(paths.values())
+    common.wait_for_others()
+    return paths
 
 
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()[:16]
+def is_embedding(path, shape):
+    """Whether a file holds an embedding; one that is damaged is made again."""
+    if not path.exists():
+        return False
+    try:
+        embedding = np.load(path)
+    except (ValueError, EOFError):
+        return False
+    right = embedding.shape == shape and embedding.dtype == np.float16
+    return right and bool(np.isfinite(embedding).all() and embedding.any())
 
 
 def sam_masks(sam, embedding, points, shape):
@@ -217,7 +273,19 @@ def refine(sam, embedding, label, random):
     return refined, points
 
 
-# ---------------------------------------------------------------------------- teacher, pictures
+def redraw(sam, embeddings, rough, items):
+    """refine() for some pictures; without a `sam` (REFINE="off") their labels as they are.
+
+    embeddings (B, D, g, g), rough int64 (B, H, W), items: the number of each picture in the stream,
+    on which its random points depend -> int64 (B, H, W), the prompts of each"""
+    pseudo, prompts = rough.clone(), [np.zeros((0, 1, 2), np.float32)] * len(rough)
+    for k in range(len(rough) if sam else 0):
+        random = np.random.default_rng((SEED, 4, 5, items[k]))
+        pseudo[k], prompts[k] = refine(sam, embeddings[k], rough[k], random)
+    return pseudo, prompts
+
+
+# ---------------------------------------------------------------------------- teacher (eq. 2)
 @torch.no_grad()
 def update_teacher(teacher, student, alpha):
     """Paper eq. 2: theta_T <- alpha theta_T + (1 - alpha) theta. Buffers are copied."""
@@ -226,18 +294,20 @@ def update_teacher(teacher, student, alpha):
         mine.copy_(its)
 
 
+# ---------------------------------------------------------------------------- painted pictures
 def painted_files(generated):
     """The pictures of an index.jsonl of 02, or of folder:PATH -> sorted paths. Raises Stop."""
     if generated.startswith("folder:"):
-        files = sorted(p for p in Path(generated[7:]).glob("*") if p.suffix.lower() in
-                       (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+        files = common.pictures(generated[7:])
     else:
-        folder = Path(generated).parent
-        rows = common.read_lines(generated, "file")
-        files = sorted(folder / Path(row["file"]).name for row in rows)
+        folder, names = Path(generated).parent, set()
+        for row in common.read_lines(generated, "file"):
+            right = isinstance(row["file"], str) and row["file"] == Path(row["file"]).name
+            expect(right, f"{generated}: {row['file']!r} is no name of a file")
+            names.add(row["file"])
+        files = [folder / name for name in sorted(names)]
         common.need([(f, "run 02_generate.py again: it paints what is missing") for f in files])
-    if not files:
-        raise Stop(f"GENERATED={generated} holds no picture. To train without: --N_GENERATED=0")
+    expect(files, f"GENERATED={generated} holds no picture. To train without: --N_GENERATED=0")
     return files[:N_PICTURES or None]
 
 
@@ -247,20 +317,20 @@ def fit(path, size):
 
 
 class PaintedPictures(Dataset):
-    """An endless stream of painted pictures; item i depends on (seed, i) alone: the clean picture
+    """An endless stream of painted pictures; item i depends on i and the key alone: the clean picture
     uint8 (3, H, W), the student's view of it, jittered and perhaps flipped, whether it is flipped,
-    and SAM's embedding. embeddings: paths, or () without SAM."""
+    SAM's embedding, and i. embeddings: paths, or () without SAM."""
 
-    def __init__(self, files, embeddings, seed, size):
-        self.files, self.embeddings, self.seed, self.size = files, embeddings, seed, size
+    def __init__(self, files, embeddings, key, size):
+        self.files, self.embeddings, self.key, self.size = files, embeddings, key, size
 
     def __getitem__(self, i):
-        k = source_stage.shuffled(len(self.files), self.seed + 1, i)
-        random = np.random.default_rng((self.seed, i, 3))
+        k = source_stage.shuffled(len(self.files), (*self.key, 3), i)
+        random = np.random.default_rng((*self.key, 4, i))
         clean = self.clean(k)
-        seen = source_stage.colour_jitter(clean, random)
+        seen = colour_jitter(clean, random)
         flipped = random.random() < .5
-        return clean, seen.flip(2) if flipped else seen, flipped, self.embedding(k)
+        return clean, seen.flip(2) if flipped else seen, flipped, self.embedding(k), i
 
     def clean(self, k):
         return torch.from_numpy(np.array(fit(self.files[k], self.size))).permute(2, 0, 1)
@@ -268,69 +338,48 @@ class PaintedPictures(Dataset):
     def embedding(self, k):
         if not self.embeddings:
             return torch.zeros(0)
-        with common.explain(f"{self.embeddings[k]} is damaged", "remove it: it is made again"):
-            embedding = torch.from_numpy(np.load(self.embeddings[k])).float()
-            assert embedding.isfinite().all(), "not a number"
-        return embedding
-
-
-def pseudo_labels(encoder, teacher, sam, clean, embeddings, *seed):
-    """The teacher's labels of clean pictures uint8 (n, 3, H, W), int64 (n, H, W); the same
-    redrawn, if there is a `sam`; each picture's prompts."""
-    # 1. the teacher labels the clean painted images: p = D_T(E(x))
-    rough = source_stage.predict(encoder, teacher, clean, HALF).argmax(1)
-    # 2. SAM redraws those labels (3.3)
-    pseudo, prompts = rough.clone(), [np.zeros((0, 1, 2))] * len(rough)
-    for k in range(len(rough) if sam else 0):
-        random = np.random.default_rng((*seed, k))
-        with torch.autocast(clean.device.type, torch.bfloat16, enabled=HALF):
-            pseudo[k], prompts[k] = refine(sam, embeddings[k], rough[k], random)
-    return rough, pseudo, prompts
+        with common.explain(f"{self.embeddings[k]} is damaged", "start again: it is made again"):
+            return torch.from_numpy(np.load(self.embeddings[k])).float()
 
 
 def vital_signs(rough, pseudo, prompts):
-    """What SAM did to the teacher's labels -> {name: scalar tensor}, see README."""
-    known = pseudo != IGNORE
-    changed = (rough != pseudo) & known
-    return {"labelled": known.float().mean(), "changed": changed.sum() / known.sum().clamp(min=1),
-            "prompts": known.new_tensor(sum(map(len, prompts)) / len(rough), dtype=torch.float)}
+    """What SAM did to the teacher's labels, the mean over the painted pictures of a step and over
+    the processes -> {name: scalar tensor}, see README."""
+    known = (pseudo != IGNORE).flatten(1)
+    changed = ((rough != pseudo) & (pseudo != IGNORE)).flatten(1)
+    signs = {"labelled": known.float().mean(1), "changed": changed.sum(1) / known.sum(1).clamp(1),
+             "prompts": torch.tensor([float(len(points)) for points in prompts])}
+    return {name: each.sum() * common.PROCESSES / N_GENERATED for name, each in signs.items()}
 
 
-def preview(path, pictures, encoder, student, label):
+def preview(path, pictures, teacher, student, sam, half):
     """image | teacher | SAM with its prompts | student, of the first four painted pictures.
-    label: (clean, embeddings, seed) -> the teacher's labels, SAM's, prompts."""
+    teacher, student: (encoder, decoder)"""
     shown = range(min(4, len(pictures.files)))
-    clean = torch.stack([pictures.clean(k) for k in shown]).to(encoder.mean.device)
+    clean = torch.stack([pictures.clean(k) for k in shown]).to(student[0].mean.device)
     embeddings = torch.stack([pictures.embedding(k) for k in shown]).to(clean.device)
-    rough, pseudo, prompts = label(clean, embeddings, SEED)
-    encoder.eval()
-    guess = source_stage.predict(encoder, student, clean, HALF).argmax(1)
-    encoder.train()
+    rough = predict(*teacher, clean, half).argmax(1)
+    with torch.autocast(clean.device.type, torch.bfloat16, enabled=half):
+        pseudo, prompts = redraw(sam, embeddings, rough, shown)
+    student[0].eval()
+    guess = predict(*student, clean, half).argmax(1)
+    student[0].train()
     rows = []
     for k in shown:
-        image, teacher, sam, learnt = (
+        image, labelled, redrawn, learnt = (
             part[k].byte().cpu().numpy() for part in (clean, rough, pseudo, guess))
-        drawn = common.COLOURS[sam]
+        drawn = common.COLOURS[redrawn]
         for x, y in prompts[k].reshape(-1, 2).astype(int):
             drawn[max(0, y - 1):y + 2, max(0, x - 1):x + 2] = 255
-        rows.append([("image", image.transpose(1, 2, 0)), ("teacher", teacher),
+        rows.append([("image", image.transpose(1, 2, 0)), ("teacher", labelled),
                      ("SAM and its prompts", drawn), ("student", learnt)])
     common.save_sheet(path, rows)
 
 
-def take_over(constants):
-    """Constants of the run of INIT hold here too, unless the shell set them."""
-    for name in shared:
-        if name not in GIVEN:
-            value = constants[name]
-            globals()[name] = tuple(value) if isinstance(value, list) else value
-    common.check_rules(globals())
-    print(f"as {INIT}: " + ", ".join(f"{name}={globals()[name]}" for name in shared))
-
-
+# ---------------------------------------------------------------------------- the joint loop
 def need_earlier_stages():
-    wanted = {INIT: "03_train_source.py writes it when it is finished: run that first, or name a "
-                    "network: --INIT=PATH"}
+    wanted = {source_stage.model_file(INIT): "03_train_source.py writes it when it is finished: run "
+              "that first, or name a network: --INIT=PATH"}
     if N_GENERATED and not GENERATED.startswith("folder:"):
         wanted[GENERATED] = ("02_generate.py writes it when it is finished: run that first. A "
                              "folder of your own: folder:PATH. None: --N_GENERATED=0")
@@ -339,20 +388,25 @@ def need_earlier_stages():
 
 def main():
     need_earlier_stages()
-    encoder, student, about = source_stage.load_model(INIT)
-    take_over(about["constants"])
+    encoder, student, about = load_model(INIT)
+    init = inherited(about)
     files = painted_files(GENERATED) if N_GENERATED else []
-    free = ("SAM_CHUNK", "SAM_BATCH")
-    run = common.Run(globals(), "model.safetensors", free, pictures=len(files))
+    crops = source_stage.SourceCrops(SOURCE, (SEED, 4), init.CROP, init.SCALE, encoder.fill)
+    facts = {"classes and ids": common.class_ids(), "source pairs": crops.digest(),
+             "painted pictures": common.files_digest(files),
+             "weights of INIT": common.digest([source_stage.model_file(INIT).read_bytes()])}
+    free = ("INIT", "GENERATED", "SAM_CHUNK", "SAM_BATCH")
+    run = common.Run(globals(), "model.safetensors", free, facts)
+    run.inherited = about["constants"]
     if run.finished():
         return
     device = common.device()
+    half = common.bfloat16(HALF)
     sam = load_sam(SAM).to(device) if N_GENERATED and REFINE != "off" else None
-    crops = source_stage.SourceCrops(SOURCE, SEED, CROP, SCALE, encoder.fill)
     encoder.freeze(FREEZE_ENCODER)
     encoder.to(device).train(), student.to(device).train()
-    optimizer, trained = source_stage.make_optimizer([(student, 1), (encoder, ENCODER_LR)],
-                                                     WEIGHT_DECAY)
+    optimizer, trained = source_stage.make_optimizer([(student, 1), (encoder, init.ENCODER_LR)],
+                                                     init.WEIGHT_DECAY)
     # theta_T <- theta <- theta_0
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     teacher_encoder = encoder
@@ -361,36 +415,43 @@ def main():
         teacher_encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
         parts |= {"encoder": encoder, "teacher_encoder": teacher_encoder}
 
-    run.start()
-    book = source_stage.Bookkeeping(run, parts, ITERATIONS)
-    pictures = PaintedPictures(files, embed_pictures(sam, files) if sam else (), SEED, CROP)
-    span = (book.first, ITERATIONS, WORKERS)
-    labelled = source_stage.batches(crops, N_SOURCE, *span)
-    painted = source_stage.batches(pictures, N_GENERATED, *span) if N_GENERATED else repeat(None)
-    E = source_stage.distributed(encoder)
-    D = source_stage.distributed(student)
+    run.start(bfloat16=half)
+    progress = source_stage.Progress(run, parts, ITERATIONS)
+    embeddings = embed_pictures(sam, files, init.CROP, half) if sam else ()
+    pictures = PaintedPictures(files, embeddings, (SEED, 4), init.CROP)
+    span = progress.first, ITERATIONS, WORKERS
+    source_batches = batches(crops, N_SOURCE, *span)
+    painted_batches = batches(pictures, N_GENERATED, *span, offset=N_SOURCE)
+    E = distributed(encoder, partly_used=True)
+    D = distributed(student, partly_used=not len(student.layers))
 
-    label = partial(pseudo_labels, teacher_encoder, teacher, sam)
-    for step, (source, drawn) in book.steps(zip(labelled, painted)):
-        torch.manual_seed(SEED * 10 ** 9 + step)            # a step repeats when a run goes on
-        images, labels = (part.to(device, non_blocking=True) for part in source)
-        numbers = {}
-        if N_GENERATED:
-            # 1. the teacher labels the clean painted images, and 2. SAM redraws those labels
-            clean, seen, flipped, embeddings = (p.to(device, non_blocking=True) for p in drawn)
-            rough, pseudo, prompts = label(clean, embeddings, SEED, step, common.RANK)
-            numbers = vital_signs(rough, pseudo, prompts)
-            pseudo = torch.where(flipped[:, None, None], pseudo.flip(2), pseudo)
-            images, labels = torch.cat((images, seen)), torch.cat((labels, pseudo))
+    for step, (source, painted) in progress.steps(zip(source_batches, painted_batches)):
+        torch.manual_seed((10 * SEED + 4) * 10 ** 9 + step)     # a step repeats after a resume
+        images, labels, signs = [], [], {}
+        if source:                  # of several processes some have source images alone, some none
+            images.append(source[0].to(device, non_blocking=True))
+            labels.append(source[1].to(device, non_blocking=True).long())
+        if painted:
+            *painted, items = painted
+            clean, seen, flipped, embeddings = (p.to(device, non_blocking=True) for p in painted)
+            # 1. the teacher labels the clean painted images: p = D_T(E(x))
+            rough = predict(teacher_encoder, teacher, clean, half).argmax(1)
+            # 2. SAM redraws those labels (3.3)
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                pseudo, prompts = redraw(sam, embeddings, rough, items.tolist())
+            signs = vital_signs(rough, pseudo, prompts)
+            # the student sees them jittered and some of them flipped
+            images.append(seen)
+            labels.append(torch.where(flipped[:, None, None], pseudo.flip(2), pseudo))
         # 3. one loss for source labels and pseudo-labels, "the same as the source loss" (eq. 1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=HALF):
-            classes, masks = D(E(images))
-        loss, terms = source_stage.mask_loss(classes, masks, labels, POINTS, LOSS_WEIGHTS,
-                                             NO_OBJECT, UNLABELLED)
-        source_stage.set_learning_rate(optimizer, LR, step, ITERATIONS, WARMUP, SCHEDULE)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            classes, masks = D(E(torch.cat(images)))
+        loss, terms = mask_loss(classes, masks, torch.cat(labels), init.POINTS, init.LOSS_WEIGHTS,
+                                init.NO_OBJECT, UNLABELLED)
+        set_learning_rate(optimizer, LR, step, ITERATIONS, WARMUP, init.SCHEDULE)
         optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(trained, GRAD_CLIP)
+        norm = nn.utils.clip_grad_norm_(trained, init.GRAD_CLIP)
         optimizer.step()
         # 4. theta_T <- EMA theta_T + (1 - EMA) theta (eq. 2)
         done = step + 1
@@ -399,13 +460,15 @@ def main():
             if not FREEZE_ENCODER:
                 update_teacher(teacher_encoder, encoder, EMA)
 
-        book.record(done, {"loss": loss, **terms, "norm": norm, **numbers}, LOG_EVERY)
-        if files and (done % PREVIEW_EVERY == 0 or done == ITERATIONS):
-            preview(run.out / f"preview_{done:06d}.png", pictures, encoder, student, label)
+        progress.record(done, {"loss": loss, **terms, "norm": norm, **signs}, LOG_EVERY)
+        if common.RANK == 0 and files and (done % PREVIEW_EVERY == 0 or done == ITERATIONS):
+            preview(run.out / f"preview_{done:06d}.png", pictures, (teacher_encoder, teacher),
+                    (encoder, student), sam, half)
         if done % SAVE_EVERY == 0 and done < ITERATIONS:
-            book.save(done)
-    source_stage.save_model(run.out / "teacher.safetensors", teacher_encoder, teacher, run)
-    book.finish(encoder, student)
+            progress.save(done)
+    if common.RANK == 0:
+        source_stage.save_model(run.out / "teacher.safetensors", teacher_encoder, teacher, run)
+    progress.finish(encoder, student)
 
 
 if __name__ == "__main__":

@@ -2,37 +2,53 @@
 common: what the five stages share, and nothing of the method itself: the run (presets, constants
 from the shell, folders, whole files), the labels (classes, colours, ids) and the data sets.
 """
+import ast
 import ctypes
 import difflib
-import fcntl
+import hashlib
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
+
+def show_error(kind, error, trace):
+    """For Ctrl-C while the libraries below are still being imported: one line in place of forty."""
+    if kind is KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = show_error
+
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image, ImageOps
 
 # ============================================================================ the run
 HERE = Path(__file__).resolve().parent
-MINIATURES = os.path.relpath(HERE / "tests/toy/weights")            # the toy preset's four models
+MINIATURES = f"{HERE.as_posix()}/tests/toy/weights"                 # the toy preset's four models
 FREE = ("OUT", "WORKERS", "LOG_EVERY", "SAVE_EVERY", "PREVIEW_EVERY")
 PRESETS = ("toy", "gta", "synthia", "cityscapes")
-PRESET = os.environ.get("PRESET", "toy")
-RUN = os.path.abspath(os.environ.get("RUN") or f"runs/{PRESET}").removeprefix(f"{Path.cwd()}/")
-DATA = os.path.abspath(os.environ.get("DATA") or "data").removeprefix(f"{Path.cwd()}/")
+PRESET = os.environ.get("PRESET") or "toy"
 PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)        # more than one only under torchrun
 RANK = int(os.environ.get("RANK", 0)) if PROCESSES > 1 else 0
+AGAIN = ("Put this right (is the disk full?) and run the same command again: finished files are "
+         "intact, partial ones were removed")
 if PRESET not in PRESETS:
     sys.exit(f"PRESET={PRESET} is not a preset; there are: {', '.join(PRESETS)}")
 
@@ -42,37 +58,94 @@ def preset(toy, paper=None, **named):
     return toy if PRESET == "toy" else named.get(PRESET, paper)
 
 
+def place(variable, default):
+    """The folder that a variable of the environment names, or one in the repo; absolute."""
+    given = os.environ.get(variable)
+    return Path(os.path.abspath(os.path.expanduser(given)) if given else HERE / default).as_posix()
+
+
+RUN = place("RUN", f"runs/{PRESET}")
+DATA = place("DATA", "data")
+PLACES = {"$RUN": RUN, "$DATA": DATA, "$REPO": HERE.as_posix()}
+
+
+def portable(value):
+    """A text, or a tuple of texts, as it is recorded: RUN, DATA and the repo may be moved later."""
+    if isinstance(value, tuple):
+        return [portable(item) for item in value]
+    if isinstance(value, str):
+        for name, folder in PLACES.items():
+            value = value.replace(f"{folder}/", f"{name}/")
+    return value
+
+
+def located(text):
+    """The inverse of portable(), for a text."""
+    for name, folder in PLACES.items():
+        text = text.replace(f"{name}/", f"{folder}/")
+    return text
+
+
 class Stop(Exception):
     """An error that the user can fix. launch() prints its message without a traceback."""
 
 
-AGAIN = "Put this right (is the disk full?) and run the same command again: what is made is whole"
+def expect(condition, text):
+    """Raise Stop(text) unless the condition holds."""
+    if not condition:
+        raise Stop(text)
+
+
+def expect_numbers(kind, low, high, count=None, **named):
+    """Raise Stop unless every constant NAME=value is a number of this kind (int, or float, which
+    takes both) from low to high; with a count, a tuple of so many of them."""
+    for name, value in named.items():
+        numbers = value if count else (value,)
+        right = isinstance(numbers, tuple) and len(numbers) == (count or 1)
+        right = right and all(type(n) in (int, kind) and low <= n <= high for n in numbers)
+        what = "whole numbers" if kind is int else "numbers"
+        expect(right, f"{name}={value!r}: expected {count or 'one of the'} {what} from {low:,} to "
+                      f"{high:,}")
 
 
 def constants(stage):
-    """The constants of a stage: its own upper-case names of plain values, in the file's order."""
-    plain = (bool, int, float, str, tuple)
-    own = [k for k in stage if k.isupper() and k not in globals() and not k.endswith("RULES")]
-    return {k: stage[k] for k in own if isinstance(stage[k], plain)}
+    """The constants of a stage: the upper-case names that its file sets at its left margin, in the
+    file's order -> {name: value}. A dict is recorded as well. Raises Stop for other kinds."""
+    found = {}
+    for statement in ast.parse(Path(stage["__file__"]).read_text(encoding="utf-8")).body:
+        if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id.isupper():
+                found[node.id] = stage[node.id]
+    for name, value in found.items():
+        expect(isinstance(value, (bool, int, float, str, tuple, dict)),
+               f"{name} = {value!r}: a constant is a bool, int, float, str or tuple, (1, 2) for "
+               "[1, 2]; what is computed, or no constant, has a lower-case name")
+    return found
 
 
 def parse(name, text, default):
-    """The text after --NAME= as a value of the default's type; a tuple is written a,b,c."""
+    """The text after --NAME= as a value of the default's type; a tuple is written a,b,c, and a
+    comma within an item as \\, -> the value. Raises Stop."""
     kind = type(default)
+    text = re.sub(r"(^|[:,])~(?=/|$)", lambda m: m[1] + os.path.expanduser("~"), text)
+    expect(text or not default, f"--{name}= is empty: expected a value as {default!r}")
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         if kind is tuple:
             item = type(default[0]) if default else str
-            return tuple(item(part) for part in text.split(",") if part)
+            parts = re.split(r"(?<!\\),", text)
+            return tuple(item(part.replace("\\,", ",")) for part in parts if part)
         return kind(text)
     except (ValueError, KeyError):
         raise Stop(f"--{name}={text}: {name} is {kind.__name__}, as {default!r}") from None
 
 
 def override(stage, arguments):
-    """Set constants of a stage from --NAME=value, then check them. Raises Stop."""
-    known, stage["GIVEN"] = constants(stage), set()
+    """Set constants of a stage from --NAME=value. Raises Stop."""
+    known = {name: v for name, v in constants(stage).items() if not isinstance(v, dict)}
     if {"-h", "--help"} & set(arguments):
         print(stage["__doc__"] + f"\nPRESET={PRESET} RUN={RUN} DATA={DATA} (environment)")
         for name, value in known.items():
@@ -84,58 +157,116 @@ def override(stage, arguments):
             near = difflib.get_close_matches(name.upper(), known, 1) or ["NAME"]
             raise Stop(f"{argument}: expected --{near[0]}=value; --help lists the constants")
         stage[name] = parse(name, text, known[name])
-        stage["GIVEN"].add(name)
         print(f"{name}: {known[name]!r} -> {stage[name]!r}")
-    check_rules(stage)
 
 
-def check_rules(stage):
-    """Every line of RULES must hold for the constants. Raises Stop at the first that does not."""
-    for rule in filter(None, stage["RULES"].splitlines()):
-        names = [k for k in compile(rule, "RULES", "eval").co_names if k in stage]
-        if not eval(rule, {k: stage[k] for k in names}):
-            raise Stop(", ".join(f"{k}={stage[k]!r}" for k in names) + f": expected {rule}")
+def one_line(problem):
+    """What a user can do about an error -> a text, or None: it is a mistake in the code."""
+    words = str(problem)
+    if isinstance(problem, Stop):       # a DataLoader's worker puts its traceback before the message
+        return words.rpartition("common.Stop: ")[2].strip()
+    if isinstance(problem, KeyboardInterrupt):
+        return "stopped. The same command resumes from what was saved"
+    if isinstance(problem, torch.OutOfMemoryError):
+        return ("the GPU's memory is full. Lower SAM_BATCH or SAM_CHUNK; or, in another --OUT, "
+                "lower BATCH, N_SOURCE or GROUP, or set HALF=True")
+    if "DataLoader worker" in words or "torch_shm" in words or "shared memory" in words:
+        return ("a process that reads was ended from outside: memory or /dev/shm is full. Fewer "
+                "--WORKERS (0: none); in a container: --ipc=host or --shm-size=8g")
+    if memory_is_full(problem):
+        return "the machine's memory is full: fewer --WORKERS, a smaller batch or a smaller model"
+    if isinstance(problem, BrokenPipeError):
+        return "nobody reads the output any more. The same command resumes"
+    if isinstance(problem, OSError) and problem.errno:
+        return f"{problem.filename or 'the output'}: {problem.strerror}. {AGAIN}"
+
+
+def memory_is_full(error):
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def launch(stage):
-    """Run main() of a stage. What the user can fix ends in one line on stderr and status 1."""
+    """Run main() of a stage with the constants of the shell. What files, disks, models and the
+    shell do wrong ends in one line on stderr and status 1 (DEBUG=1: with the traceback); a mistake
+    in the code keeps its traceback."""
     script = Path(stage["__file__"]).name
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # ended from outside: as Ctrl-C
-    sys.stdout.reconfigure(line_buffering=True)
+    if RANK or sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")                          # one process prints
+    if hasattr(sys.stdout, "reconfigure"):                          # a notebook's has not
+        sys.stdout.reconfigure(line_buffering=True)
+    if len(tempfile.gettempdir()) > 70 and os.path.isdir("/tmp"):   # a socket's path: 107 at most
+        os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
     try:
         override(stage, sys.argv[1:])
-        if RANK:
-            sys.stdout = open(os.devnull, "w")                      # one process prints
+        stage["check"]()
         stage["main"]()
-    except Stop as problem:     # a DataLoader's worker puts its traceback before the message
-        sys.exit(f"{script}: {str(problem).rpartition('common.Stop: ')[2].strip()}")
-    except KeyboardInterrupt:
-        sys.exit(f"\n{script}: stopped. The same command goes on from what was saved.")
-    except torch.OutOfMemoryError:
-        sys.exit(f"{script}: the GPU's memory is full. Lower SAM_BATCH or SAM_CHUNK; or, in "
-                 "another --OUT, lower BATCH, N_SOURCE or GROUP, or set HALF=True")
-    except OSError as problem:
-        if not problem.filename:
+    except (Exception, KeyboardInterrupt) as problem:
+        line = one_line(problem)
+        if not line:
             raise
-        sys.exit(f"{script}: {problem.filename}: {problem.strerror}. {AGAIN}")
+        if os.environ.get("DEBUG"):
+            traceback.print_exc()
+        if isinstance(problem, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # or Python's end complains too
+        sys.exit(f"{script}: {line}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 @lru_cache(1)
 def device():
-    """The GPU (of several processes each has its own), or the CPU, where a run repeats exactly."""
+    """The GPU (of several processes each has its own), or the CPU, where a run repeats exactly.
+    Under torchrun the processes meet here."""
     torch.set_float32_matmul_precision("high")                      # TensorFloat-32
     torch.utils.deterministic.fill_uninitialized_memory = False
+    chosen = torch.device("cpu")
     if torch.cuda.is_available():
-        gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(gpu)      # or what pins memory would take room on the first one too
-        return gpu
-    torch.use_deterministic_algorithms(True)
-    if sys.platform == "linux":     # or glibc returns memory and faults it in again: 8 times slower
-        for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):   # see mallopt(3)
-            ctypes.CDLL(None).mallopt(option, value)
-    if PRESET != "toy":
-        print(f"warning: no GPU: PRESET={PRESET} takes minutes per step. For CPUs: PRESET=toy")
-    return torch.device("cpu")
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(chosen)   # or what pins memory would take room on the first one too
+    else:
+        torch.use_deterministic_algorithms(True)
+        keep_memory()
+        if PRESET != "toy":
+            print(f"warning: no GPU: PRESET={PRESET} takes minutes per step. For CPUs: PRESET=toy")
+    if PROCESSES > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return chosen
+
+
+def keep_memory():
+    """glibc keeps what it has freed. On torch 2.14 every second start took ten times as long per
+    step without this, measured on an AMD EPYC."""
+    trim_threshold, top_pad, mmap_max = -1, -2, -4                  # the numbers of mallopt(3)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2 ** 31 - 1)
+        mallopt(top_pad, 2 ** 26)
+
+
+def bfloat16(wanted):
+    """Whether bfloat16 is used: if it is wanted (HALF), and the GPU computes in it itself."""
+    if wanted and torch.cuda.is_available():
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            print(f"HALF: {torch.cuda.get_device_name()} has no bfloat16, float32 is used")
+            return False
+    return wanted
+
+
+def wait_for_others():
+    """Under torchrun: go on when every process has come here."""
+    if PROCESSES > 1:
+        torch.distributed.barrier()
+
+
+def sum_of_processes(tensor):
+    """A tensor's sum over the processes of torchrun, which all must call this."""
+    if PROCESSES > 1:
+        tensor = tensor.clone()
+        torch.distributed.all_reduce(tensor)
+    return tensor
 
 
 def need(wanted):
@@ -150,15 +281,17 @@ def need(wanted):
 @contextmanager
 def whole(path):
     """`with whole(path) as part:` write to `part`, which is renamed to `path` at the end: `path`
-    is complete or not there. Of several processes only the first one's file is kept."""
-    part = Path(f"{path}.{os.getpid()}.part")
-    with explain(f"{path} cannot be written", AGAIN):
-        part.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield part
-            if RANK == 0:
-                os.replace(part, path)
-        finally:
+    is complete or not there. Raises Stop if it cannot be written."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        raise Stop(f"{path} cannot be written ({error.strerror or error}). {AGAIN}") from error
+    finally:
+        with suppress(OSError):
             part.unlink(missing_ok=True)
 
 
@@ -169,84 +302,107 @@ def write_text(path, text):
 
 @contextmanager
 def explain(what, remedy):
-    """Any error in the block becomes one line: what failed, the error's words, and the remedy."""
+    """An error of the library that is called in the block becomes one line: what failed, the
+    error's words, the remedy. Full memory, and a mistake in a line of ours, stay what they are."""
     try:
         yield
-    except Stop:
-        raise
     except Exception as error:
-        words = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        file = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        mistake = isinstance(error, (NameError, AttributeError, TypeError, ImportError))
+        memory = isinstance(error, torch.OutOfMemoryError) or memory_is_full(error)
+        if isinstance(error, Stop) or memory or mistake and file.parent == HERE:
+            raise
+        words = (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]
         raise Stop(f"{what} ({words})\n  {remedy}") from error
 
 
 def read_lines(path, *keys):
     """A file of one JSON object per line, each with these keys -> list of dicts. Raises Stop."""
-    with explain(f"{path}: expected lines of JSON with {', '.join(keys)}", "make it again"):
+    remedy = "remove the file, and the stage makes it again, or name another folder"
+    with explain(f"{path}: expected lines of JSON", remedy):
         rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        assert rows and all(set(keys) <= set(row) for row in rows), "a key is missing"
+    for number, row in enumerate(rows, 1):
+        right = isinstance(row, dict) and set(keys) <= set(row)
+        expect(right, f"{path}, line {number}: expected {', '.join(keys)}; {remedy}")
+    expect(rows, f"{path} is empty; {remedy}")
     return rows
+
+
+def digest(contents):
+    """The first 16 hexadecimal digits of the SHA-256 of texts or bytes, one after another."""
+    total = hashlib.sha256()
+    for content in contents:
+        total.update(content.encode() if isinstance(content, str) else content)
+    return total.hexdigest()[:16]
+
+
+def files_digest(files):
+    """Number, names and sizes of files as a text: what a run was made of."""
+    rows = [f"{Path(file).name} {os.path.getsize(file)}" for file in files]
+    return f"{len(rows)} files, {digest(rows)}"
 
 
 class Run:
     """The folder of one stage: run.json, and the result, whose presence means finished.
 
-    free: constants that may change when a run goes on, besides FREE. facts: what else is recorded
-    like a constant. Raises Stop if the folder was made with other constants."""
+    free: constants that may change when a run is resumed, besides FREE. facts: {text: value}, what
+    else it is made of, compared like a constant. Raises Stop if the folder was made otherwise."""
 
-    def __init__(self, stage, result, free=(), **facts):
+    def __init__(self, stage, result, free=(), facts=None):
         self.out, self.stage = Path(stage["OUT"]), Path(stage["__file__"]).stem
         self.result, self.record = self.out / result, self.out / "run.json"
         self.free, self.started = FREE + free, time.time()
-        self.constants = json.loads(json.dumps(constants(stage) | facts))
+        recorded = {name: portable(value) for name, value in constants(stage).items()}
+        self.constants = json.loads(json.dumps(recorded | (facts or {})))
+        self.inherited = {}     # constants of an earlier run that hold in this one too
         self.finished_before = self.result.exists()
         self.info = {"stage": self.stage, "constants": {}}
+        made = {path.name for path in self.out.glob("[!.]*")}
         if self.record.exists():
             self.info = read_lines(self.record, "stage", "constants")[0]
-        if self.info["stage"] != self.stage:
-            raise Stop(f"{self.out} belongs to {self.info['stage']}: name another --OUT")
-        if {path.name for path in self.out.glob("[!.]*")} > {"run.json"}:   # something is made
-            with explain(f"{self.record}: expected lines of JSON with constants", "remove it"):
-                self.compare(self.info["constants"])
+        elif made:
+            raise Stop(f"{self.out} holds files, and no run.json of these scripts: name another "
+                       "--OUT, or move them away")
+        expect(self.info["stage"] == self.stage,
+               f"{self.out} belongs to {self.info['stage']}: name another --OUT")
+        if made > {"run.json"}:
+            self.compare(self.info["constants"])
 
     def compare(self, earlier):
         """Raise Stop if constants {name: value} of an earlier start differ from today's."""
-        for name, now in self.constants.items():
-            before = earlier.get(name, now)
+        for name in {**self.constants, **earlier}:
+            before, now = earlier.get(name, "nothing"), self.constants.get(name, "nothing")
             if before != now and name not in self.free:
+                word = re.sub(r"\W.*", "", name).lower()
                 raise Stop(f"{self.out} was made with {name}={before} (now {now}). Another "
-                           f"experiment is another folder: --OUT={self.out}_{name.lower()}")
+                           f"experiment is another folder: --OUT={self.out}_{word}")
 
     def finished(self):
         if self.result.exists():
             print(f"{self.stage}: finished before, see {self.result}; another --OUT starts anew")
         return self.result.exists()
 
-    def start(self, lock=".lock"):
+    def start(self, lock=".lock", **facts):
         """Make and lock the folder, and write run.json. Raises Stop if another job is in it."""
         self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.out / lock, "a")
-        try:
-            if RANK == 0:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Stop(f"{self.out} is in use by another job: wait for it") from None
+        self.lock = FileLock(self.out / lock)
+        if RANK == 0:
+            try:
+                self.lock.acquire(timeout=10)       # a killed job's workers hold it for 5 seconds
+            except Timeout:
+                raise Stop(f"{self.out} is in use by another job: wait for it") from None
         if self.result.exists() and not self.finished_before:
             raise Stop(f"{self.out} was finished by another job in this moment")
-        for part in self.out.rglob("*.part"):       # left by a kill; no file takes an hour
-            with suppress(FileNotFoundError):       # another job has renamed it by now
-                if part.stat().st_mtime < time.time() - 3600:
-                    part.unlink()
-        git = ["git", "-C", HERE, "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        gpu = torch.cuda.is_available() and torch.cuda.get_device_name()
         libraries = "torch", "open_clip_torch", "timm", "transformers", "diffusers"
-        self.save(constants=self.constants, preset=PRESET, argv=sys.argv, commit=commit,
-                  device=gpu or platform.machine(),
-                  versions={library: version(library) for library in libraries})
+        self.save(constants=self.constants, preset=PRESET, argv=sys.argv, commit=git_commit(),
+                  processes=PROCESSES, **facts,
+                  device=torch.cuda.get_device_name() if torch.cuda.is_available() else
+                  platform.machine(), versions={name: version(name) for name in libraries})
 
     def save(self, **facts):
         self.info.update(facts)
-        write_text(self.record, json.dumps(self.info) + "\n")
+        if RANK == 0:
+            write_text(self.record, json.dumps(self.info) + "\n")
 
     def finish(self, **facts):
         """Add time and memory to run.json. The stage's result is saved after this."""
@@ -254,6 +410,14 @@ class Run:
         gigabytes = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
         self.save(wall_seconds=seconds, gpu_memory_gb=gigabytes, **facts)
         print(f"{self.stage}: {self.result} | {seconds} s")
+
+
+def git_commit():
+    """What git calls this version; an empty text without git or outside a checkout."""
+    command = ["git", "-C", HERE, "describe", "--always", "--dirty"]
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 # ============================================================================ the labels
@@ -296,6 +460,12 @@ TABLE = read_table(TABLE)
 TABLE = preset(toy={name.split()[-1]: TABLE[name] for name in TOY}, paper=TABLE)
 # for classes of your own, here: TABLE = read_table("wall | 120 120 120 \n floor | 80 50 50")
 CLASSES = list(TABLE)
+
+
+def class_ids():
+    """Every class with its ids, as a run records them; its colour is of no account."""
+    return {name: row[1:] for name, row in TABLE.items()}
+
 
 COLOURS = np.zeros((256, 3), np.uint8)      # COLOURS[label] is a picture; IGNORE is black
 COLOURS[:len(CLASSES)] = [row[0] for row in TABLE.values()]
@@ -400,3 +570,12 @@ def save_sheet(path, rows):
                       loc="outside lower center", ncols=3 * columns)
     with whole(path) as part:
         figure.savefig(part, format="png")
+
+
+def read_pair(image, label, name):
+    image = read_image(image)
+    return image, read_label(label, name, image.size)
+
+
+def pictures(folder):
+    return sorted(Path(folder).glob("*"))
