@@ -373,9 +373,11 @@ class Run:
         for name in {**self.constants, **earlier}:
             before, now = earlier.get(name, "nothing"), self.constants.get(name, "nothing")
             if before != now and name not in self.free:
-                word = re.sub(r"\W.*", "", name).lower()
-                raise Stop(f"{self.out} was made with {name}={before} (now {now}). Another "
-                           f"experiment is another folder: --OUT={self.out}_{word}")
+                made = f"{name}={before} (now {now})"
+                if len(made) > 200:
+                    made = f"other {name}"
+                raise Stop(f"{self.out} was made with {made}. Another experiment is another "
+                           f"folder: --OUT={self.out}_{name.split()[0].lower()}")
 
     def finished(self):
         if self.result.exists():
