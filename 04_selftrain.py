@@ -425,9 +425,10 @@ def main():
     E = distributed(encoder, partly_used=True)
     D = distributed(student, partly_used=not len(student.layers))
 
+    no_signs = dict.fromkeys(("labelled", "changed", "prompts"), torch.zeros(()))
     for step, (source, painted) in progress.steps(zip(source_batches, painted_batches)):
         torch.manual_seed((10 * SEED + 4) * 10 ** 9 + step)     # a step repeats after a resume
-        images, labels, signs = [], [], {}
+        images, labels, signs = [], [], no_signs if N_GENERATED else {}
         if source:                  # of several processes some have source images alone, some none
             images.append(source[0].to(device, non_blocking=True))
             labels.append(source[1].to(device, non_blocking=True).long())

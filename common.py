@@ -572,12 +572,3 @@ def save_sheet(path, rows):
                       loc="outside lower center", ncols=3 * columns)
     with whole(path) as part:
         figure.savefig(part, format="png")
-
-
-def read_pair(image, label, name):
-    image = read_image(image)
-    return image, read_label(label, name, image.size)
-
-
-def pictures(folder):
-    return sorted(Path(folder).glob("*"))
