@@ -47,8 +47,9 @@ MINIATURES = f"{HERE.as_posix()}/tests/toy/weights"                 # the toy pr
 FREE = ("OUT", "WORKERS", "LOG_EVERY", "SAVE_EVERY", "PREVIEW_EVERY")
 PRESETS = ("toy", "gta", "synthia", "cityscapes")
 PRESET = os.environ.get("PRESET") or "toy"
-PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)        # more than one only under torchrun
-RANK = int(os.environ.get("RANK", 0)) if PROCESSES > 1 else 0
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ            # other launchers leave stray variables
+PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 AGAIN = ("Put this right (is the disk full?) and run the same command again: finished files are "
          "intact, partial ones were removed")
 if PRESET not in PRESETS:
@@ -68,7 +69,10 @@ def place(variable, default):
 
 RUN = place("RUN", f"runs/{PRESET}")
 DATA = place("DATA", "data")
-PLACES = {"$RUN": RUN, "$DATA": DATA, "$REPO": HERE.as_posix()}
+
+
+def places():
+    return {"$RUN": RUN, "$DATA": DATA, "$REPO": HERE.as_posix()}
 
 
 def portable(value):
@@ -76,14 +80,14 @@ def portable(value):
     if isinstance(value, tuple):
         return [portable(item) for item in value]
     if isinstance(value, str):
-        for name, folder in PLACES.items():
+        for name, folder in places().items():
             value = value.replace(f"{folder}/", f"{name}/")
     return value
 
 
 def located(text):
     """The inverse of portable(), for a text."""
-    for name, folder in PLACES.items():
+    for name, folder in places().items():
         text = text.replace(f"{name}/", f"{folder}/")
     return text
 
@@ -105,9 +109,9 @@ def expect_numbers(kind, low, high, count=None, **named):
         numbers = value if count else (value,)
         right = isinstance(numbers, tuple) and len(numbers) == (count or 1)
         right = right and all(type(n) in (int, kind) and low <= n <= high for n in numbers)
-        what = "whole numbers" if kind is int else "numbers"
-        expect(right, f"{name}={value!r}: expected {count or 'one of the'} {what} from {low:,} to "
-                      f"{high:,}")
+        what = "whole number" if kind is int else "number"
+        what = f"a tuple of {count} {what}s" if count else f"a {what}"
+        expect(right, f"{name}={value!r}: expected {what} from {low:,} to {high:,}")
 
 
 def constants(stage):
@@ -309,7 +313,8 @@ def explain(what, remedy):
     try:
         yield
     except Exception as error:
-        file = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        frames = traceback.extract_tb(error.__traceback__)
+        file = Path([frame.filename for frame in frames if frame.name != "__getattr__"][-1])
         mistake = isinstance(error, (NameError, AttributeError, TypeError, ImportError))
         memory = isinstance(error, torch.OutOfMemoryError) or memory_is_full(error)
         if isinstance(error, Stop) or memory or mistake and file.parent == HERE:
