@@ -1,12 +1,8 @@
 """Every part that has a library behind it, against that library itself: encoders, decoder, first
-weights, class scores, SAM, colour jitter. At the end the golden numbers.
-
-The golden numbers are the losses of the first steps of 03 and 04. If a change of them is meant:
-    GOLDEN=write python -m pytest tests/test_parity.py -k golden"""
+weights, class scores, SAM, colour jitter, half precision."""
 import colorsys
 import inspect
 import json
-import os
 from functools import partial
 from types import SimpleNamespace
 
@@ -27,13 +23,12 @@ from transformers.models.mask2former import modeling_mask2former as library
 from transformers.models.mask2former.image_processing_mask2former import Mask2FormerImageProcessor
 
 import common
-from conftest import ROOT, fresh, script
+from conftest import fresh
 from tests.toy import sam as miniature
 
 stage = fresh("03_train_source")
 CLIP = common.HERE / "tests/toy/weights/clip"
 SAM = common.HERE / "tests/toy/weights/sam"
-GOLDEN = ROOT / "tests/golden.json"
 
 
 @pytest.fixture(autouse=True)
@@ -560,56 +555,17 @@ def test_the_brightness_of_images_varies_as_in_the_official_code():
     assert abs(np.std(means) - 29.2) < 3                # contrast about the mean would be 12.7
 
 
-# ------------------------------------------------------------ golden numbers, half precision
-SETTINGS = ["--LOG_EVERY=1", "--PREVIEW_EVERY=1000", "--SAVE_EVERY=1000", "--WARMUP=3"]
-RUNS = {"03_train_source": ["--ITERATIONS=20", "--BATCH=4", "--POINTS=256", "--LR=0.003"],
-        "04_selftrain": ["--ITERATIONS=6", "--N_SOURCE=2", "--N_GENERATED=2"]}
-
-
-@pytest.fixture(scope="module")
-def golden_run(tmp_path_factory):
-    """The real scripts 03 and 04 on a few scenes -> the run folder, the folder of data."""
-    root = tmp_path_factory.mktemp("golden")
-    world.write_folder(root / "toy/game_train", "train", "game", 6)
-    world.write_folder(root / "toy/day", "test", "day", 4)
-    painted = f"--GENERATED=folder:{root}/toy/day/images"
-    for name, settings in RUNS.items():
-        more = [painted] if name == "04_selftrain" else []
-        done = script(name, *SETTINGS, *settings, *more, run=root / "run", data=root)
-        assert done.returncode == 0, done.stderr
-    return root / "run", root
-
-
-@pytest.mark.skipif(torch.__version__ < "2.11", reason="random numbers of older versions differ")
-@pytest.mark.parametrize("name", RUNS)
-def test_golden_losses_of_the_first_six_steps(golden_run, name):
-    rows = common.read_lines(golden_run[0] / name / "log.jsonl", "step", "loss")[:6]
-    keys = ("loss", "class", "mask", "dice", "labelled", "changed")
-    found = [{key: row[key] for key in keys if key in row} for row in rows]
-    if os.environ.get("GOLDEN") == "write":
-        golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-        GOLDEN.write_text(json.dumps(golden | {name: found}, indent=1) + "\n")
-    wanted = json.loads(GOLDEN.read_text())[name]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    for ours, golden in zip(found, wanted, strict=True):
-        for key, value in golden.items():
-            assert abs(ours[key] - value) <= 1e-3 * abs(value) + 1e-4, key
-
-
-def test_half_precision_keeps_the_class_map(golden_run):
-    encoder, decoder, _ = stage.load_model(golden_run[0] / "03_train_source/model.safetensors")
-    files = sorted((golden_run[1] / "toy/day/images").glob("*.png"))[:2]
-    images = torch.stack([torch.from_numpy(np.array(common.read_image(f))) for f in files])
-    images = images.permute(0, 3, 1, 2)
+# ------------------------------------------------------------ half precision
+def test_half_precision_keeps_the_scores():
+    encoder = stage.Encoder(f"open_clip:local-dir:{CLIP}")
+    decoder = stage.Decoder(encoder.channels, 12, 64, 24, 3, 128, 3).eval()
+    images = torch.stack([torch.from_numpy(scene((128, 256), k)).permute(2, 0, 1) for k in (3, 4)])
     with torch.autocast("cpu", torch.bfloat16):
         rounded = encoder(images)
     for maps, other in zip(encoder(images), rounded):
         assert (maps - other).norm() < .02 * maps.norm()
     full, half = (stage.predict(encoder, decoder, images, half) for half in (False, True))
-    same = (full.argmax(1) == half.argmax(1)).float().mean()
-    assert half.dtype == torch.float32 and len(full.argmax(1).unique()) >= 3
-    print("same pixels in bfloat16:", same)
-    assert .97 < same and 0 < (full - half).abs().mean() < .02
+    assert half.dtype == torch.float32 and 0 < (full - half).norm() < .01 * full.norm()
 
 
 def test_half_precision_keeps_sams_masks(selftrain):
@@ -620,4 +576,4 @@ def test_half_precision_keeps_sams_masks(selftrain):
     full = selftrain.sam_masks(sam, predictor.features[0], points, shape)
     with torch.autocast("cpu", torch.bfloat16):
         half = selftrain.sam_masks(sam, predictor.features[0], points, shape)
-    assert 0 < (full != half).float().mean() < .01
+    assert 0 < (full != half).float().mean() < .002
