@@ -180,7 +180,7 @@ def test_04_learns_source_labels_and_those_that_sam_redrew_flipped_with_the_stud
 
 
 def test_sam_gets_the_embedding_of_the_picture_whose_label_it_redraws(two_steps):
-    ((_, files), paths), = two_steps.calls["embed_pictures"]
+    ((_, files, *_), paths), = two_steps.calls["embed_pictures"]
     assert [path.stem for path in files] == sorted({path.stem for path in files})
     for (_, embedding, rough, _), _ in two_steps.calls["refine"]:
         k, = [k for k, (_, label) in enumerate(two_steps.truth) if torch.equal(label, rough)]
