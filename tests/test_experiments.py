@@ -116,12 +116,14 @@ def started(finished, data, tmp_path_factory):
     return run, results
 
 
+@pytest.mark.slow
 def test_every_experiment_starts_and_ends(started):
     _, results = started
     assert len(results) >= 10
     assert [result for result in results if result[1] is not None] == []
 
 
+@pytest.mark.slow
 def test_the_table_compares_them(started):
     run, results = started
     rows = json.loads((run / "05_eval/results.json").read_text())["rows"]

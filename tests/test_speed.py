@@ -58,10 +58,12 @@ def waits(monkeypatch, start, finished, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_a_step_of_03_waits_once(waits):
     assert waits("03_train_source") == {"cpu()": 1}
 
 
+@pytest.mark.slow
 def test_a_step_of_04_waits_once_more_per_painted_picture(waits):
     assert waits("04_selftrain", "--REFINE=off") == {"cpu()": 1}
     with_sam = waits("04_selftrain")            # on two painted pictures
