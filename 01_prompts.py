@@ -150,10 +150,11 @@ def load_llm(name):
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    dtype = "auto" if torch.cuda.is_available() else torch.float32      # auto: that of its files
     with common.explain(f"LLM={name} could not be loaded", "Connect to the hub (if gated: hf auth "
                         "login), name another --LLM, or skip 01: 02_generate.py --PROMPTS=FILE"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     model.to(common.device())
     tokenizer.chat_template = tokenizer.chat_template or "{{bos_token}}{{messages[0].content}}"
 
