@@ -217,6 +217,8 @@ def launch(stage):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # or Python's end complains too
         sys.exit(f"{script}: {line}")
     finally:
+        while locks:                                                # a notebook's process lives on
+            locks.pop().release()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
@@ -295,7 +297,7 @@ def whole(path):
         yield part
         os.replace(part, path)
     except OSError as error:
-        raise Stop(f"{path} cannot be written ({error.strerror or error}). {AGAIN}") from error
+        raise Stop(f"{path} cannot be written ({error}). {AGAIN}") from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -349,6 +351,9 @@ def files_digest(files):
     return f"{len(rows)} files, {digest(rows)}"
 
 
+locks = []      # of the run folders that this process works in
+
+
 class Run:
     """The folder of one stage: run.json, and the result, whose presence means finished.
 
@@ -394,10 +399,10 @@ class Run:
     def start(self, lock=".lock", **facts):
         """Make and lock the folder, and write run.json. Raises Stop if another job is in it."""
         self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.out / lock)
         if RANK == 0:
             try:
-                self.lock.acquire(timeout=10)       # a killed job's workers hold it for 5 seconds
+                locks.append(FileLock(self.out / lock))
+                locks[-1].acquire(timeout=10)       # a killed job's workers hold it for 5 seconds
             except Timeout:
                 raise Stop(f"{self.out} is in use by another job: wait for it") from None
         if self.result.exists() and not self.finished_before:

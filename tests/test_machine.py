@@ -81,12 +81,9 @@ def test_a_stranger_without_git_home_or_a_name_trains_from_a_checkout_of_others(
     for folder in [*tmp_path.parents, *data.parents]:       # pytest's folders are their owner's
         if "pytest" in folder.name:
             folder.chmod(0o755)
-    become = "setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"
+    become = shutil.which("setpriv"), "--reuid=12345", "--regid=12345", "--clear-groups"
     run = tmp_path / "run"
-    done = started(run, data, before=become, cwd=tmp_path, HOME=None, PATH="/nowhere",
-                   TMPDIR=None) if shutil.which("setpriv") is None else started(
-        run, data, before=(shutil.which("setpriv"), *become[1:]), cwd=tmp_path, HOME=None,
-        PATH="/nowhere")
+    done = started(run, data, before=become, cwd=tmp_path, HOME=None, PATH="/nowhere")
     assert done.returncode == 0, done.stderr
     assert same(run, wanted)
 
@@ -204,7 +201,7 @@ def test_a_network_that_may_not_be_opened_is_not_called_damaged(tmp_path, monkey
     path = tmp_path / "model.safetensors"
     path.write_text("")
 
-    def refuse(self, *_):
+    def refuse(self, *_, **__):
         raise PermissionError(13, "Permission denied", str(self))
     monkeypatch.setattr(Path, "open", refuse)
     message = say("05_eval", f"--CHECKPOINTS={path}")
