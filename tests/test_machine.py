@@ -201,8 +201,11 @@ def test_a_network_that_may_not_be_opened_is_not_called_damaged(tmp_path, monkey
     path = tmp_path / "model.safetensors"
     path.write_text("")
 
-    def refuse(self, *_, **__):
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(self, *arguments, **options):
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *arguments, **options)
+    real = Path.open
     monkeypatch.setattr(Path, "open", refuse)
     message = say("05_eval", f"--CHECKPOINTS={path}")
     assert f"{path}: Permission denied" in message and "damaged" not in message
