@@ -371,12 +371,12 @@ def pairs(name, split):
     root = Path(name[7:] if name.startswith("folder:") else DATA).expanduser()
     if name not in LAYOUTS and not name.startswith("folder:"):
         raise Stop(f"{name} is not a data set: there are {', '.join(LAYOUTS)}, folder:PATH")
-    while root.parent == Path(DATA, "toy") and not root.exists():
-        if RANK:
-            time.sleep(1)                               # the first process draws
-            continue
+    toy = root.parent == Path(DATA, "toy")
+    if toy and RANK == 0 and not root.exists():
         print(f"drawing the miniature world into {root.parent} (about a minute, once)")
         subprocess.run([sys.executable, HERE / "tests/toy/world.py", root.parent], check=True)
+    while toy and RANK and not root.exists():           # the first process draws
+        time.sleep(1)
     _, pattern, changes, official = LAYOUTS.get(name, FOLDER)
     places, ending = pattern.format(split=split).split("**")
     found, images = {}, []
@@ -405,7 +405,7 @@ def judge(name, labels):
     `name`: ids blended by resizing, ids of another system, no pixel with a label."""
     seen, train_ids, edges, thin, between = np.zeros(256, bool), numbering(name)[0], 0, 0, 0
     for path in labels[::max(1, len(labels) // 24)]:
-        ids = read_ids(path, name)[0]
+        ids = read_label(path, name, raw=True)
         seen[ids] = True
         left, middle, right = ids[::4, :-2], ids[::4, 1:-1], ids[::4, 2:]
         inside = (np.minimum(left, right) < middle) & (middle < np.maximum(left, right))
@@ -461,7 +461,7 @@ def read_image(path, upright=True):
     if image.mode != "RGB":
         image = image.convert("RGBA" if "transparency" in info else image.mode).convert("RGB")
         if not any(most for _, most in image.getextrema()):
-            print(f"warning: {path} is black")
+            say_once("warning", "pictures that are black", path)
     image.info = info
     return ImageOps.exif_transpose(image) if upright else image
 
@@ -473,6 +473,8 @@ def numbering(name):
     train_ids, id_of = np.full(256, 254, np.uint8), dict.fromkeys(VOID, IGNORE)
     train_ids[[*range(LAST_ID.get(name, LAST_ID[column]) + 1), IGNORE]] = IGNORE
     for train_id, row in enumerate(TABLE.values()):
+        if column >= len(row):
+            raise Stop(f"{name}: the classes in TABLE (common.py) have no ids in column {column}")
         ids = row[column] if column else (train_id,)
         train_ids[list(ids)], id_of[row[0]] = train_id, ids[0]
     return train_ids, id_of
@@ -508,12 +510,15 @@ def ids_of_colours(path, name, image):
     return of_number[pixels]
 
 
-def read_ids(path, name):
-    """A label of data set `name` -> its ids, and its train ids, both uint8 (H, W). Raises Stop."""
+def read_label(path, name, *sizes, raw=False):
+    """-> uint8 (H, W): the train ids of a label of data set `name`, raw: its own ids. sizes: what
+    (width, height) may be. Raises Stop."""
     image, pixels = load(path, "label")
     what = f"{path} cannot be read as a label: expected"
-    if image.format not in ("PNG", "TIFF", "BMP") or image.mode == "F":
+    if image.format not in ("PNG", "TIFF", "BMP") or image.mode in ("F", "CMYK"):
         raise Stop(f"{what} integer ids in a PNG, not {image.format} of mode {image.mode}")
+    if sizes and image.size not in sizes:
+        raise Stop(f"{what} the size of its image, {sizes[0]}, not {image.size}")
     if pixels is None and image.mode in ("P", "RGB", "RGBA"):
         pixels = ids_of_colours(path, name, image.convert("RGB") if image.mode == "RGBA" else image)
     pixels = np.asarray(image) if pixels is None else pixels
@@ -527,18 +532,7 @@ def read_ids(path, name):
         last = np.flatnonzero(train_ids[:255] != 254)[-1]
         raise Stop(f"{what} ids 0 to {last} (PRESET={PRESET}), or {IGNORE}, not ids {strange}.\n"
                    f"  {OTHERS}")
-    return ids, label
-
-
-def read_label(path, name, *sizes):
-    """-> uint8 (H, W): the train ids of a label of data set `name`, whose (width, height) is one
-    of sizes. Raises Stop."""
-    label = read_ids(path, name)[1]
-    height, width = label.shape
-    if (width, height) not in sizes:
-        raise Stop(f"{path} cannot be read as a label: it is {width} x {height}, but its image is "
-                   f"{sizes[0][0]} x {sizes[0][1]}")
-    return label
+    return ids if raw else label
 
 
 def read_pair(image_path, label_path, name):
