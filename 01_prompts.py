@@ -101,7 +101,8 @@ def parse(answer, table):
     between = r"\b(?:(?:prompt )?#?\d{1,3} ?[.):-]|and|or)\W*"        # before the second one
     found = []
     for line in filter(str.strip, answer.splitlines()):
-        _, *texts = re.split(rf"(?:{between})?\ban? photo of\s", line.replace("**", ""), flags=re.I)
+        line = line.replace("**", "")
+        _, *texts = re.split(rf"(?:{between})?\ban? photo of\s", line, flags=re.IGNORECASE)
         found += [parse_prompt(text, table) for text in texts or [""]]
     return found
 
