@@ -130,7 +130,7 @@ def parse_synonyms(answer):
 
 
 def collect(answer, table, kept, missing, dropped, fair=True):
-    """Add the usable prompts to kept, {prompt: its classes}, up to N_PROMPTS, and count the others
+    """Add the usable prompts to kept, {prompt: its classes}, up to N_PROMPTS, and count the rest
     in dropped. While fair, places are reserved for the classes in the list missing."""
     for prompt, found in parse(answer, table):
         if prompt is None:
