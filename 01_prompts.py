@@ -101,7 +101,8 @@ def parse(answer, table):
     between = r"\b(?:(?:prompt )?#?\d{1,3} ?[.):-]|and|or)\W*"        # before the second one
     found = []
     for line in filter(str.strip, answer.splitlines()):
-        _, *texts = re.split(rf"(?:{between})?\ban? photo of\s", line.replace("**", ""), flags=re.I)
+        line = line.replace("**", "")
+        _, *texts = re.split(rf"(?:{between})?\ban? photo of\s", line, flags=re.IGNORECASE)
         found += [parse_prompt(text, table) for text in texts or [""]]
     return found
 
@@ -129,7 +130,7 @@ def parse_synonyms(answer):
 
 
 def collect(answer, table, kept, missing, dropped, fair=True):
-    """Add the usable prompts to kept, {prompt: its classes}, up to N_PROMPTS, and count the others
+    """Add the usable prompts to kept, {prompt: its classes}, up to N_PROMPTS, and count the rest
     in dropped. While fair, places are reserved for the classes in the list missing."""
     for prompt, found in parse(answer, table):
         if prompt is None:

@@ -8,9 +8,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import common
-from conftest import ROOT, environment, fresh, script
+from conftest import ROOT, environment, fresh
 
 stage = fresh("01_prompts")
 TABLE = stage.word_table(stage.WORDS)
@@ -35,10 +37,38 @@ def collect(answer, n=50, missing=(), kept=None, **more):
     ('- "a photo of a road and cars in Paris"', "a photo of a road and cars in Paris"),
     ("\t3) An photo of a traffic light in fog", "a photo of a traffic light in fog"),
     ("“a photo of a **car** in a town”,", "a photo of a car in a town"),
+    ("**Prompt 1:** a photo of a car in rain", "a photo of a car in rain"),
+    ("| 1 | a photo of a car in rain | car |", "a photo of a car in rain"),
+    ("3. a photo of a road in snow (classes: road)", "a photo of a road in snow"),
+    ("a photo of a road in snow [road, sky]", "a photo of a road in snow"),
+    ("a photo of a road in snow - classes: road", "a photo of a road in snow"),
+    ("a photo of a road in snow. It names the road.", "a photo of a road in snow"),
+    ("<li>a photo of a car in rain</li>", "a photo of a car in rain"),
+    ("a photo of a car in rain<br>", "a photo of a car in rain"),
+    ("`a photo of a car in rain`", "a photo of a car in rain"),
+    ('{"prompt": "a photo of a car in rain", "classes": ["car"]}', "a photo of a car in rain"),
+    ("a photo of a child's bike in St. Petersburg", "a photo of a child's bike in St. Petersburg"),
+    ("a photo of a bus in town 3.", "a photo of a bus in town 3"),
     ("a photo of many poles, two fences and a tree in a village in winter",
      "a photo of many poles, two fences and a tree in a village in winter")])
 def test_usable_lines_in_all_forms(line, prompt):
-    assert stage.parse(line, TABLE)[0] == prompt
+    assert [found for found, _ in stage.parse(line, TABLE)] == [prompt]
+
+
+@pytest.mark.parametrize("line", [
+    '["a photo of a car in rain", "a photo of a bus in town 3"]',
+    "['a photo of a car in rain', 'a photo of a bus in town 3']",
+    '```json ["a photo of a car in rain","a photo of a bus in town 3"]```',
+    '["a photo of a car in rain\\n", "a photo of a bus in town 3\\n"]',
+    "1. a photo of a car in rain 2. a photo of a bus in town 3",
+    "1) A photo of a car in rain, 2) A photo of a bus in town 3.",
+    "Prompt 1: a photo of a car in rain Prompt 2: a photo of a bus in town 3",
+    "a photo of a car in rain; a photo of a bus in town 3",
+    "a photo of a car in rain and a photo of a bus in town 3",
+    "a photo of a car in rain<br>a photo of a bus in town 3<br>"])
+def test_a_line_with_two_prompts_is_two_prompts(line):
+    assert stage.parse(line, TABLE) == [("a photo of a car in rain", {"car"}),
+                                        ("a photo of a bus in town 3", {"bus"})]
 
 
 @pytest.mark.parametrize("line, why", [
@@ -47,14 +77,24 @@ def test_usable_lines_in_all_forms(line, prompt):
     ('Example of the prompt: "a photo of a car in Z"', "not"),
     ("a photo of a car on the road", "not"),
     ("a picture of a car in the rain", "not"),
-    ("", "not"),
+    ("```", "not"),
     ("a photo of a door in a house", "no class"),
     ("a photo of a scar in a bustling market", "no class"),
     ("a photo of a person with a person with a person with a person in a town", "loop"),
     ("a photo of apersonwithapersonwithaperson in a town", "loop")])
 def test_what_is_dropped_and_why(line, why):
-    prompt, reason = stage.parse(line, TABLE)
+    [(prompt, reason)] = stage.parse(line, TABLE)
     assert prompt is None and why in reason
+
+
+@pytest.mark.parametrize("piece", [
+    "a", " ", "1. ", "1.......... ", " in ", "-", "prompt ", "and ", "a photo of ", "aaa."])
+def test_an_endless_line_takes_no_time(piece):
+    line = "a photo of a car in " + piece * (2_000_000 // len(piece))
+    since = time.process_time()
+    assert not any(prompt for prompt, _ in stage.parse(line, TABLE))
+    stage.parse_synonyms(line)
+    assert time.process_time() - since < 5
 
 
 def test_classes_are_found_by_whole_words_plurals_and_synonyms():
@@ -117,7 +157,7 @@ def test_what_a_real_small_llm_wrote(tmp_path):
         stage.collect(ask(turn, "?"), TABLE, kept, [], dropped)
     assert len(kept) == 10
     assert next(iter(kept)) == "a photo of a person standing in front of a building"
-    assert dropped == {"not 'a photo of X in Z'": 99, "repeated": 15, "no class in X": 10}
+    assert dropped == {"not 'a photo of X in Z'": 95, "repeated": 19, "no class in X": 10}
 
 
 # ---------------------------------------------------------------------------- what is asked
@@ -162,13 +202,10 @@ def test_a_stopped_run_goes_on_to_the_same_prompts(tmp_path):
     first, second = FakeLLM(most=14), FakeLLM()
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", first)
-    raw = tmp_path / "stopped/raw.jsonl"
-    raw.write_bytes(raw.read_bytes()[:-20])                     # a kill in the middle of a line
     run(tmp_path / "stopped", second)
     for name in ("prompts.txt", "raw.jsonl", "synonyms.json"):
         assert (tmp_path / "stopped" / name).read_text() == (tmp_path / "whole" / name).read_text()
-    assert first.seeds == list(range(14)) and second.seeds == whole.seeds[13:]
-    assert first.requests[-1] == second.requests[0]
+    assert first.seeds == list(range(14)) and second.seeds == whole.seeds[14:]
 
 
 def test_every_second_request_names_only_what_is_missing(tmp_path):
@@ -182,7 +219,7 @@ def test_every_second_request_names_only_what_is_missing(tmp_path):
 
 def test_more_answers_may_be_asked_for_later(tmp_path, capsys):
     first, second = FakeLLM(), FakeLLM()
-    with pytest.raises(common.Stop, match=r"(?s)2 answers: 16 of 40 prompts.*--TRIES=4"):
+    with pytest.raises(common.Stop, match=r"(?s)2 answers gave 16 of 40 prompts.*--TRIES=4"):
         run(tmp_path, first, TRIES=2)
     run(tmp_path, second, TRIES=60)
     assert second.seeds[0] == len(first.seeds) == 14
@@ -190,27 +227,19 @@ def test_more_answers_may_be_asked_for_later(tmp_path, capsys):
     assert named.startswith("named: road ") and " 0" not in named
 
 
-def test_answers_to_other_requests_are_refused(tmp_path):
-    run(tmp_path, FakeLLM())
-    (tmp_path / "prompts.txt").unlink()
-    (tmp_path / "run.json").unlink()
-    message = r"raw.jsonl, line 1: another request .*[Rr]emove the file"
-    with pytest.raises(common.Stop, match=message):
-        run(tmp_path, FakeLLM(most=0), PLACE="a room")
-
-
-@pytest.mark.parametrize("content", ["{}\n", "not json\n", "[]\n"])
-def test_a_broken_record_is_named(tmp_path, content):
-    (tmp_path / "raw.jsonl").write_text(content)
-    with pytest.raises(common.Stop, match="raw.jsonl: expected lines of JSON with request"):
+@pytest.mark.parametrize("content, message", [
+    ('{"request": "Hello", "answer": "", "cut": false}\n', "line 1: another request"),
+    ("{}\n", "line 1: expected request, answer, cut"), ("[]\n", "line 1: expected request"),
+    ('{"request": "List wor', "expected lines of JSON"), ("", "is empty"),
+    ("caf\xe9\n", "expected lines of JSON")])
+def test_a_broken_record_of_answers_is_named_with_what_helps(tmp_path, content, message):
+    with pytest.raises(KeyboardInterrupt):
         run(tmp_path, FakeLLM(most=0))
-
-
-def test_a_record_without_a_whole_line_begins_again(tmp_path):
-    (tmp_path / "raw.jsonl").write_text('{"request": "List wor')
-    llm = FakeLLM()
-    run(tmp_path, llm)
-    assert llm.seeds[0] == 0
+    (tmp_path / "raw.jsonl").write_text(content, encoding="latin-1")
+    with pytest.raises(common.Stop, match=rf"(?s)raw.jsonl.*{message}.*[Rr]emove the file"):
+        run(tmp_path, FakeLLM(most=0))
+    (tmp_path / "raw.jsonl").unlink()           # as the message says
+    run(tmp_path, FakeLLM())
 
 
 # ---------------------------------------------------------------------------- models that think
@@ -271,32 +300,43 @@ def test_the_miniature_answers_the_same_for_the_same_seed():
     assert llm(request, 5) == llm(request, 5) and not llm(request, 5)["cut"]
 
 
-# ---------------------------------------------------------------------------- messages
-@pytest.mark.parametrize("argument", [
-    "--N_PROMPTS=0", "--TRIES=0", "--LLM=", "--TEMPERATURE=0", "--TEMPERATURE=nan", "--TOP_P=1.5",
-    "--NEW_TOKENS=2", "--SEED=-1", "--OUT=", "--SOURCE_CLASSES=car,dog", "--SOURCE_CLASSES=",
-    "--SOURCE_CLASSES=car,car"])
-def test_constants_out_of_range_are_refused(say, argument, tmp_path):
-    name = argument[2:].partition("=")[0]
-    assert f"{name}=" in say("01_prompts", argument) and not (tmp_path / "run").exists()
+# ---------------------------------------------------------------------------- broken models
+@pytest.mark.parametrize("template, words", [
+    ("{% if x %}", "TemplateSyntaxError"), ("{{ raise_exception('no system') }}", "TemplateError: no"),
+    ("{{ messages[0].content.text() }}", "UndefinedError")])
+def test_a_broken_chat_template_is_named(say, tmp_path, template, words):
+    message = say("01_prompts", f"--LLM={llm_folder(tmp_path / 'llm', template)}")
+    assert message.startswith(f"01_prompts.py: LLM={tmp_path}/llm cannot answer ({words}")
+    assert "chat template" in message and len(message.splitlines()) == 2
+
+
+def test_weights_that_are_no_numbers_are_named(say, tmp_path):
+    folder = Path(llm_folder(tmp_path / "llm", "{{ messages[0].content }}"))
+    weights = load_file(folder / "model.safetensors")
+    broken = {name: weight * torch.nan for name, weight in weights.items()}
+    save_file(broken, folder / "model.safetensors", {"format": "pt"})
+    message = say("01_prompts", f"--LLM={folder}")
+    assert "llm cannot answer (RuntimeError: probability tensor contains" in message
+    assert [path.name for path in (tmp_path / "run/01_prompts").glob("[!.]*")] == ["run.json"]
+
+
+@pytest.mark.parametrize("gone", ["tokenizer.json", "config.json", "model.safetensors"])
+def test_a_model_that_lacks_a_file_is_named(say, tmp_path, gone):
+    folder = Path(llm_folder(tmp_path / "llm", ""))
+    (folder / gone).unlink()
+    message = say("01_prompts", f"--LLM={folder}")
+    assert f"LLM={folder} could not be loaded" in message and len(message.splitlines()) == 2
 
 
 def test_a_model_that_is_not_there_is_reported_within_a_second(say, tmp_path, capfd):
     import transformers  # noqa: F401   whose import is not counted
-    for name in ("Qwen/Qwen3-4B-Instruct-2507", "./llm", "meta-llama/Llama-2-70b-chat-hf"):
-        start = time.time()
+    for name in ("Qwen/Qwen3-4B-Instruct-2507", "./llm"):
+        since = time.process_time()
         message = say("01_prompts", f"--LLM={name}")
-        seconds = time.time() - start
-        assert message.startswith(f"01_prompts.py: the LLM {name} could not be loaded")
-        assert "hf auth login" in message and "prompts.txt by hand" in message
+        seconds = time.process_time() - since
+        assert f"LLM={name} could not be loaded" in message and "hf auth login" in message
     assert seconds < 1 and not (tmp_path / "run").exists()
     assert "ERROR" not in capfd.readouterr().err
-
-
-def test_help_shows_the_papers_model(tmp_path):
-    done = script("01_prompts", "--help", run=tmp_path, data=tmp_path, PRESET="synthia")
-    assert done.returncode == 0 and "--LLM=Qwen/Qwen3-4B-Instruct-2507" in done.stdout
-    assert "train," not in done.stdout.split("--SOURCE_CLASSES=")[1].splitlines()[0]
 
 
 def test_the_hundred_prompts_that_are_shipped_name_every_class(tmp_path):
