@@ -61,18 +61,12 @@ def preset(toy, paper=None, **named):
     return toy if PRESET == "toy" else named.get(PRESET, paper)
 
 
-def place(variable, default):
-    """The folder that a variable of the environment names, or one in the repo; absolute."""
-    given = os.environ.get(variable)
-    return Path(os.path.abspath(os.path.expanduser(given)) if given else HERE / default).as_posix()
+def absolute(folder):
+    return Path(os.path.abspath(os.path.expanduser(folder))).as_posix()
 
 
-RUN = place("RUN", f"runs/{PRESET}")
-DATA = place("DATA", "data")
-
-
-def places():
-    return {"$RUN": RUN, "$DATA": DATA, "$REPO": HERE.as_posix()}
+RUN = absolute(os.environ.get("RUN") or HERE / "runs" / PRESET)
+DATA = absolute(os.environ.get("DATA") or HERE / "data")
 
 
 def portable(value):
@@ -80,14 +74,14 @@ def portable(value):
     if isinstance(value, tuple):
         return [portable(item) for item in value]
     if isinstance(value, str):
-        for name, folder in places().items():
+        for name, folder in ("$RUN", RUN), ("$DATA", DATA), ("$REPO", HERE.as_posix()):
             value = value.replace(f"{folder}/", f"{name}/")
     return value
 
 
 def located(text):
     """The inverse of portable(), for a text."""
-    for name, folder in places().items():
+    for name, folder in ("$RUN", RUN), ("$DATA", DATA), ("$REPO", HERE.as_posix()):
         text = text.replace(f"{name}/", f"{folder}/")
     return text
 
@@ -169,7 +163,7 @@ def override(stage, arguments):
 def one_line(problem):
     """What a user can do about an error -> a text, or None: it is a mistake in the code."""
     words = str(problem)
-    if isinstance(problem, Stop):       # a DataLoader's worker puts its traceback before the message
+    if isinstance(problem, Stop):       # a DataLoader's worker puts its traceback before it
         return words.rpartition("common.Stop: ")[2].strip()
     if isinstance(problem, KeyboardInterrupt):
         return "stopped. The same command resumes from what was saved"
