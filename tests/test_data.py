@@ -290,6 +290,11 @@ def test_the_numbers_of_gta5s_palette_are_ids_though_plates_have_the_colour_of_c
     assert paper.read_label(put("a.png", picture), "gta", (4, 1)).tolist() == [[0, 13, 255, 255]]
 
 
+def test_grey_that_is_no_id_is_a_classs_colour(paper, put):
+    path = put("a.png", GREY[[70, 153, 0]][None])
+    assert paper.read_label(path, "bdd", (3, 1)).tolist() == [[2, 5, IGNORE]]
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_few_bits_per_pixel_hold_ids(tmp_path, bits):
     ids = np.arange(24).reshape(3, 8) % min(2 ** bits, 12)
