@@ -674,16 +674,16 @@ def ids_of_colours(path, name, image):
     ids = [red for red, green, blue in colours if red == green == blue and train_ids[red] != 254]
     if len(ids) < len(colours):
         ids = [id_of[colour] for colour in colours if colour in id_of]
-    if image.mode == "P" and 2 * len(ids) <= len(colours):
+    if ids and len(ids) == len(colours):
+        of_number = np.zeros(max(numbers) + 1, np.uint8)
+        of_number[numbers] = ids
+        return of_number[pixels]
+    if image.mode == "P" and 2 * sum(i != IGNORE for i in ids) <= len(colours):
         say_once(name, "labels with a palette, whose numbers are taken as ids", path)
         return pixels
-    if not ids or len(ids) < len(colours):
-        strange = [colour for colour in colours if colour not in id_of][:3]
-        raise Stop(f"{path} cannot be read as a label: colours of no class (TABLE in common.py): "
-                   f"{strange or 'more than 256'}. Take labels that hold ids")
-    of_number = np.zeros(max(numbers) + 1, np.uint8)
-    of_number[numbers] = ids
-    return of_number[pixels]
+    strange = [colour for colour in colours if colour not in id_of][:3] or "more than 256"
+    raise Stop(f"{path} cannot be read as a label: it has colours of no class (TABLE in "
+               f"common.py): {strange}. Take labels that hold ids")
 
 
 def read_label(path, name, *sizes, raw=False):
