@@ -17,6 +17,7 @@ to look like the third."""
 import itertools
 import json
 import time
+import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -601,6 +602,7 @@ def distributed(module, partly_used=False):
     """The module; under torchrun, if it trains, behind torch's DistributedDataParallel."""
     if common.PROCESSES == 1 or not next(module.parameters()).requires_grad:
         return module
+    warnings.filterwarnings("ignore", "Grad strides do not match")     # of channels-last maps
     return nn.parallel.DistributedDataParallel(module, find_unused_parameters=partly_used)
 
 

@@ -84,8 +84,15 @@ SAVE_EVERY = preset(toy=100, paper=1_000)
 PREVIEW_EVERY = preset(toy=200, paper=2_000)
 
 
+# as in the run of INIT, and no constants of this file
+of_init = ("CROP", "SCALE", "LOSS_WEIGHTS", "NO_OBJECT", "POINTS", "ENCODER_LR", "SCHEDULE",
+           "WEIGHT_DECAY", "GRAD_CLIP")
+
+
 def check():
     """Refuse what would fail late, hang, or train nonsense in silence. Raises Stop."""
+    for name in common.constants(globals()):
+        expect(name not in of_init, f"{name} is as in the run of INIT: set it for 03, and train that")
     source_stage.check_source(SOURCE)
     expect(REFINE in ("points", "off", "vote"), f"{REFINE=}: expected points, off or vote")
     expect(UNLABELLED in ("ignore", "negative"), f"{UNLABELLED=}: expected ignore or negative")
@@ -106,10 +113,8 @@ def check():
 def inherited(about):
     """What holds here as in the run of INIT -> its constants as attributes: init.CROP ... Says
     where the file of 03 reads otherwise by now. Raises Stop."""
-    names = ("CROP", "SCALE", "LOSS_WEIGHTS", "NO_OBJECT", "POINTS", "ENCODER_LR", "SCHEDULE",
-             "WEIGHT_DECAY", "GRAD_CLIP")
     init = SimpleNamespace()
-    for name in names:
+    for name in of_init:
         expect(name in about["constants"], f"{INIT} records no {name}: train it again")
         value = about["constants"][name]
         setattr(init, name, tuple(value) if isinstance(value, list) else value)
@@ -425,9 +430,10 @@ def main():
     E = distributed(encoder, partly_used=True)
     D = distributed(student, partly_used=not len(student.layers))
 
+    no_signs = dict.fromkeys(("labelled", "changed", "prompts"), torch.zeros(()))
     for step, (source, painted) in progress.steps(zip(source_batches, painted_batches)):
         torch.manual_seed((10 * SEED + 4) * 10 ** 9 + step)     # a step repeats after a resume
-        images, labels, signs = [], [], {}
+        images, labels, signs = [], [], no_signs if N_GENERATED else {}
         if source:                  # of several processes some have source images alone, some none
             images.append(source[0].to(device, non_blocking=True))
             labels.append(source[1].to(device, non_blocking=True).long())

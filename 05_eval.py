@@ -5,7 +5,7 @@
           TARGETS                          labelled data sets, used for nothing but scoring
     out   RUN/05_eval/results.json, .md    mIoU, IoU of every class; the tables that are printed
           panels/TARGET.png                image | truth | prediction | errors | prediction ...
-          confusion/                       pixel counts, made again only if their origin changed
+          confusion/                       pixel counts, made again if a file behind them changed
     time  toy: see README; paper: not measured
 
 One confusion matrix per target counts the labelled pixels of all images: IoU = TP / (TP + FP + FN),
@@ -14,22 +14,22 @@ mIoU is the mean over classes, in percent. There are two protocols:
               the truth counts 0: as cityscapesScripts, and the number to compare across papers.
     clouds    truth resized to the network's input, classes that it lacks left out: as officially.
 Folders whose names differ only in a suffix, 04_selftrain and 04_selftrain_seed1, are seeds of one
-experiment. It worked if 04_selftrain has a higher mean than 03_train_source.
+experiment. Check: 04_selftrain has a higher mean than 03_train_source.
 --IMAGES=my_photos labels pictures instead: train ids and overlays in OUT/images."""
-import hashlib
 import json
+import os
 import re
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
+from common import CLASSES, COLOURS, DATA, IGNORE, RUN, Stop, expect, expect_numbers, preset
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-
-import common
-from common import CLASSES, COLOURS, DATA, IGNORE, RUN, TABLE, Stop, preset
 
 source_stage = import_module("03_train_source")                 # the network (paper 3.1)
 bar = partial(tqdm, leave=False, disable=None, dynamic_ncols=True)
@@ -52,15 +52,20 @@ HALF = preset(toy=False, paper=True)        # bfloat16 in the network; official:
 PANELS = 3                      # images per target in panels/
 WORKERS = preset(toy=0, paper=4)            # processes that read ahead; 0 is best on two cores
 
-RULES = """
-len({target.rstrip('/').rpartition('/')[2] for target in TARGETS}) == len(TARGETS) > 0
-PROTOCOL in ("native", "clouds")
-SHORT_SIDE == 0 or 32 <= SHORT_SIDE <= 8192
-len(OUT.strip()) > 0
-len(set(SCORED)) == len(SCORED) > 0 and set(SCORED) <= set(CLASSES)
-0 <= PANELS <= 100
-0 <= WORKERS <= 256
-"""
+
+def check():
+    """Refuse what would fail late, hang, or score nonsense in silence. Raises Stop."""
+    for name, value in {"TARGETS": TARGETS, "CHECKPOINTS": CHECKPOINTS, "SCORED": SCORED}.items():
+        expect(isinstance(value, tuple), f"{name}={value!r}: expected a tuple of names, as ('a',)")
+    titles = {Path(target).name for target in TARGETS}
+    expect(TARGETS and len(titles) == len(TARGETS),
+           f"TARGETS={','.join(TARGETS)}: expected targets whose last folders differ")
+    expect(PROTOCOL in ("native", "clouds"), f"{PROTOCOL=}: expected native or clouds")
+    expect_numbers(int, 0, 8192, SHORT_SIDE=SHORT_SIDE)
+    expect(SHORT_SIDE == 0 or SHORT_SIDE >= 32, f"{SHORT_SIDE=}: expected 0, or 32 and more")
+    expect(SCORED and len(set(SCORED) & set(CLASSES)) == len(SCORED),
+           f"SCORED={','.join(SCORED)}: expected distinct names out of {', '.join(CLASSES)}")
+    expect_numbers(int, 0, 256, PANELS=PANELS, WORKERS=WORKERS)
 
 
 # ---------------------------------------------------------------------------- scores
@@ -89,58 +94,94 @@ def mean_iou(matrix):
 
 def load(file):
     """-> encoder and decoder of a checkpoint, on the device. Raises Stop."""
-    encoder, decoder, _ = source_stage.load_model(file)
+    encoder, decoder, about = source_stage.load_model(file)
+    init = source_stage.model_file(common.located(about["constants"].get("INIT", "")))
+    before = about["constants"].get("weights of INIT")
+    if before and init.is_file() and before != common.digest([init.read_bytes()]):
+        print(f"warning: {file} began from an earlier {init}, which was trained again since then: "
+              "run 04 again, in another --OUT")
     return encoder.to(common.device()), decoder.to(common.device())
 
 
 def network_input(image, short_side):
-    """PIL RGB -> uint8 (H, W, 3), resized to a short side of `short_side` pixels; 0: as it is"""
+    """PIL RGB -> uint8 (H, W, 3), resized to a short side of `short_side` pixels; 0: as it is.
+    Raises Stop if that is too large."""
     scale = short_side / min(image.size) if short_side else 1
+    width, height = (round(side * scale) for side in image.size)
+    expect(width * height <= 10 ** 8, f"a picture of {image.width} x {image.height} would become "
+                                      f"{width} x {height}: a smaller --SHORT_SIDE, or 0")
     return np.array(ImageOps.scale(image, scale, Image.BILINEAR))
 
 
 def segment(encoder, decoder, image, size):
     """uint8 (H, W, 3) -> uint8 `size` (rows, columns): at every pixel the train id with the highest
     score. Scores are resized, not labels, so that thin things survive."""
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(common.device())
-    scores = source_stage.predict(encoder, decoder, pixels, HALF)
+    pixels = torch.as_tensor(image).permute(2, 0, 1)[None].to(common.device())
+    scores = source_stage.predict(encoder, decoder, pixels, common.bfloat16(HALF))
     scores = torch.nn.functional.interpolate(scores, size, mode="bilinear", align_corners=False)
     return scores[0].argmax(0).to(torch.uint8).cpu().numpy()
 
 
-def read(target, short_side, protocol, pair):
-    """(image, label) paths -> network input uint8 (h, w, 3), truth uint8 (H, W). Raises Stop."""
-    image = common.read_image(pair[0])
-    truth = common.read_label(pair[1], target, image.size)
-    pixels = network_input(image, short_side)
-    if protocol == "clouds":
-        truth = np.array(Image.fromarray(truth).resize(pixels.shape[1::-1], Image.NEAREST))
-    return pixels, truth
+class Scenes(Dataset):
+    """The (image, label) pairs of a target: item i is the network's input uint8 (h, w, 3) and the
+    truth uint8 (H, W). Raises Stop."""
+
+    def __init__(self, target, pairs, short_side, protocol):
+        self.target, self.pairs = target, pairs
+        self.short_side, self.protocol = short_side, protocol
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        image, truth = common.read_pair(*self.pairs[i], self.target)
+        pixels = network_input(image, self.short_side)
+        if self.protocol == "clouds":
+            size = pixels.shape[1], pixels.shape[0]             # PIL's order: width, height
+            truth = np.array(Image.fromarray(truth).resize(size, Image.NEAREST))
+        return pixels, truth
+
+    def digest(self):
+        """16 hexadecimal digits of everything that a confusion matrix of this target depends on
+        besides the network. A file's content is told by its size and time, as make does."""
+        settings = self.target, self.protocol, self.short_side, HALF, common.class_ids()
+        rows = [common.portable(str(settings))]
+        for pair in self.pairs:
+            for file in pair:
+                about = file.stat()
+                rows.append(f"{common.portable(str(file))} {about.st_size} {about.st_mtime_ns}")
+        return common.digest(rows)
 
 
-def score(encoder, decoder, target, pairs, path, title):
-    """-> confusion matrix int64 (C, C) of (image, label) pairs; kept in `path`. Raises Stop."""
+def kept_matrix(path):
+    """The confusion matrix in a file, int64 (C, C), or None: absent, damaged, of other classes."""
     try:
-        return np.load(path)
-    except Exception:                   # not there or damaged, in whatever way: it is made again
-        matrix = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
-    reader = partial(read, target, SHORT_SIDE, PROTOCOL)
-    loader = torch.utils.data.DataLoader(pairs, None, collate_fn=reader, num_workers=WORKERS)
+        matrix = np.load(path) if path.exists() else np.zeros(0)
+    except (ValueError, EOFError):
+        return None
+    right = matrix.shape == (len(CLASSES), len(CLASSES)) and matrix.dtype == np.int64
+    return matrix if right and matrix.min() >= 0 and matrix.any() else None
+
+
+def score(network, scenes, path, title):
+    """-> confusion matrix int64 (C, C) of a network on Scenes; kept in `path`. Several processes
+    deal the images among them. Raises Stop."""
+    matrix = kept_matrix(path)
+    known = common.sum_of_processes(torch.tensor(matrix is not None, device=common.device()).int())
+    if known == common.PROCESSES:
+        return matrix
+    matrix = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
+    mine = range(common.RANK, len(scenes), common.PROCESSES)
+    loader = DataLoader(scenes, None, sampler=mine, num_workers=WORKERS)
     for image, truth in bar(loader, title):
-        prediction = segment(encoder, decoder, image, truth.shape)
-        matrix += confusion(truth, prediction, len(CLASSES))
-    with common.whole(path) as part, open(part, "wb") as file:
-        np.save(file, matrix)
-    print(f"{title}: mIoU {mean_iou(matrix)[0]:.1f}, {len(pairs)} images")
+        prediction = segment(*network, image, truth.shape)
+        matrix += confusion(truth.numpy(), prediction, len(CLASSES))
+    matrix = common.sum_of_processes(torch.from_numpy(matrix).to(common.device())).cpu().numpy()
+    if common.RANK == 0:
+        with common.whole(path) as part, part.open("wb") as file:
+            np.save(file, matrix)
+    print(f"{title}: mIoU {mean_iou(matrix)[0]:.1f}, {len(scenes)} images")
     return matrix
-
-
-def digest(files, settings=""):
-    """Hexadecimal digits of the SHA-256 of a text and of the bytes of files"""
-    total = hashlib.sha256(settings.encode())
-    for file in bar(files, "reading"):
-        total.update(Path(file).read_bytes())
-    return total.hexdigest()[:16]
 
 
 def checkpoints():
@@ -153,7 +194,7 @@ def checkpoints():
     hint = "03_train_source.py and 04_selftrain.py write it when they are finished: run them first"
     common.need([(file, hint) for file in files])
     for file in files:
-        folder = file.parent
+        folder = Path(os.path.abspath(file.parent))
         if folder.is_relative_to(RUN):
             folder = folder.relative_to(RUN)
         named[f"{folder} ({file.stem})".removesuffix(" (model)")] = file
@@ -199,19 +240,20 @@ def tables(rows):
     return text + markdown(["IoU, mean of the targets", *SCORED], classes)
 
 
-def add_to_panel(panel, name, network, target, pairs):
-    """Add a checkpoint's prediction and errors to the cells of some images, panel[image]. A wrong
+def add_to_panel(panel, name, network, scenes):
+    """Add a checkpoint's prediction and errors to the cells of some images, panel[number]. A wrong
     pixel has the colour of the prediction, a right one is grey, an unlabelled one black."""
-    every = int(np.ceil(len(pairs) / PANELS))
-    for pair in pairs[::every]:
-        image, truth = read(target, SHORT_SIDE, PROTOCOL, pair)
+    every = int(np.ceil(len(scenes) / PANELS))
+    for i in range(0, len(scenes), every):
+        image, truth = scenes[i]
         step = max(1, truth.shape[1] // 512)
         truth = truth[::step, ::step]
         label = segment(*network, image, truth.shape)
         errors = COLOURS[label]
         errors[label == truth] = 225
         errors[truth == IGNORE] = 0
-        cells = panel.setdefault(pair, [(pair[0].name, image), ("truth", truth)])
+        title = scenes.pairs[i][0].name
+        cells = panel.setdefault(i, [(title, image), ("truth", truth)])
         cells += [(name, label), ("errors", errors)]
 
 
@@ -219,12 +261,10 @@ def add_to_panel(panel, name, network, target, pairs):
 def label_pictures(run, file):
     """Label IMAGES; a.jpg becomes OUT/images/KIND/a.jpg.png, so no two meet. Raises Stop."""
     folder = Path(IMAGES)
-    kinds = ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds)
-    if not paths:
-        raise Stop(f"--IMAGES={IMAGES}: expected a folder with pictures ({', '.join(kinds)})")
-    if run.out.resolve().is_relative_to(folder.resolve()):
-        raise Stop(f"--OUT={OUT} lies in --IMAGES={IMAGES}: name another --OUT")
+    paths = common.pictures(folder)
+    expect(paths, f"--IMAGES={IMAGES}: expected a folder with pictures")
+    expect(not run.out.resolve().is_relative_to(folder.resolve()),
+           f"--OUT={OUT} lies in --IMAGES={IMAGES}: name another --OUT")
     run.start()
     network, failed = load(file), []
     for path in bar(paths, "labelling"):
@@ -242,47 +282,51 @@ def label_pictures(run, file):
         raise Stop(f"{len(failed)} of {len(paths)} pictures failed:" + "".join(failed))
 
 
-def score_all(models, pairs):
-    """Score checkpoints {name: file} on targets {name: pairs} -> the rows of results.json, and of
-    the first six checkpoints the panels {title: {pair: cells}}. Raises Stop."""
-    rows, panels, contents = [], {}, {}
-    for target, files in pairs.items():
-        settings = f"{target} {PROTOCOL} {SHORT_SIDE} {HALF} {TABLE}"
-        contents[target] = digest(sum(files, ()), settings)
+def score_all(models, targets):
+    """Score checkpoints {name: file} on targets {target: Scenes} -> the rows of results.json, and
+    of the first six checkpoints the panels {title: {number: cells}}. Raises Stop."""
+    rows, panels = [], {}
+    contents = {target: scenes.digest() for target, scenes in targets.items()}
     for name, file in models.items():
-        network, weights = load(file), digest([file])
-        targets = {}
-        for target, found in pairs.items():
+        network, weights = load(file), common.digest([file.read_bytes()])
+        scores = {}
+        for target, scenes in targets.items():
             title = Path(target).name
             key = f"{file.parent.name}_{title}_{weights}_{contents[target]}"
-            path = f"{OUT}/confusion/{key}.npy"
-            matrix = score(*network, target, found, path, f"{name} on {title}")
-            miou, each = mean_iou(matrix)
-            targets[target] = {"miou": miou, "iou": each, "images": len(found), "confusion": path}
-            if PANELS and len(rows) < 6:
-                add_to_panel(panels.setdefault(title, {}), name, network, target, found)
-        mean = np.mean([found["miou"] for found in targets.values()])
-        rows.append({"name": name, "checkpoint": str(file), "targets": targets, "mean_miou": mean})
+            path = Path(OUT, "confusion", f"{key}.npy")
+            miou, each = mean_iou(score(network, scenes, path, f"{name} on {title}"))
+            scores[target] = {"miou": miou, "iou": each, "images": len(scenes),
+                              "confusion": common.portable(path.as_posix())}
+            if PANELS and len(rows) < 6 and common.RANK == 0:
+                add_to_panel(panels.setdefault(title, {}), name, network, scenes)
+        mean = np.mean([found["miou"] for found in scores.values()])
+        rows.append({"name": name, "checkpoint": common.portable(file.as_posix()),
+                     "targets": scores, "mean_miou": mean})
     return rows, panels
 
 
 def main():
-    free = ("TARGETS", "CHECKPOINTS", "IMAGES", "PANELS", "WORKERS")
-    run = common.Run(globals(), "results.json", free)
+    free = ("TARGETS", "CHECKPOINTS", "IMAGES", "PANELS", "SCORED")
+    run = common.Run(globals(), "results.json", free, {"classes and ids": common.class_ids()})
     models = checkpoints()
     if IMAGES:
         return label_pictures(run, list(models.values())[-1])
-    pairs = {target: common.pairs(target, "val") for target in TARGETS}
+    targets = {}
+    for target in TARGETS:
+        targets[target] = Scenes(target, common.pairs(target, "val"), SHORT_SIDE, PROTOCOL)
+    common.device()
     run.start()
-    rows, panels = score_all(models, pairs)
+    rows, panels = score_all(models, targets)
+    if common.RANK:
+        return
     text = tables(rows)
     print("\n" + text)
     common.write_text(run.out / "results.md", text)
-    for title, panel in panels.items():
-        common.save_sheet(run.out / "panels" / f"{title}.png", list(panel.values()))
     run.finish()
     results = {"protocol": PROTOCOL, "classes": SCORED, "rows": rows}
     common.write_text(run.result, json.dumps(results) + "\n")
+    for title, panel in panels.items():         # last: whatever drawing stumbles over, scores stay
+        common.save_sheet(run.out / "panels" / f"{title}.png", list(panel.values()))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ counts the classes in a hundred labels. Of a data set with two splits it checks 
 there. Checks every set that is named, then lists what is wrong and ends with status 1.
 """
 import sys
+from glob import glob
 from pathlib import Path
 from urllib.parse import quote
 
@@ -33,27 +34,26 @@ def splits_of(name):
         return ["train"]
     found = []
     for split in ("train", "val"):
-        if any(Path(DATA).glob(pattern.format(split=split))):
+        if glob(pattern.split("**")[0].format(split=split), root_dir=DATA):
             found.append(split)
     return found or ["val"]
 
 
 def size_of(path):
-    """(width, height) of a picture that stands upright; reads only its head. Raises Stop."""
-    with common.explain(f"{path} cannot be read as a picture", "copy or make it again"):
-        image = Image.open(path)
-        turned = image.getexif().get(0x0112, 1) >= 5
-        return image.size[::-1] if turned else image.size
+    """(width, height) of a picture as it is stored; reads only its head. Raises Stop."""
+    with common.explain(f"{path} cannot be read as a picture", "take it and its pair away"):
+        return Image.open(path).size
 
 
-def wrong_sizes(pairs):
+def wrong_sizes(name, pairs):
     """-> [what is wrong with a pair]"""
     wrong = []
     for image, label in tqdm(pairs, "sizes", disable=None, dynamic_ncols=True):
-        image_size, label_size = size_of(image), size_of(label)
-        if image_size != label_size:
-            wrong.append(f"{label} is {label_size[0]} x {label_size[1]}, its image {image} is "
-                         f"{image_size[0]} x {image_size[1]}")
+        if size_of(image) != size_of(label):        # unless EXIF turns the image
+            try:
+                common.read_pair(image, label, name)
+            except Stop as problem:
+                wrong.append(str(problem))
     return wrong
 
 
@@ -61,7 +61,7 @@ def shares(name, pairs):
     """Share of pixels of every train id, float (256,), the mean over some pairs. Raises Stop."""
     total = np.zeros(256)
     for image, label in tqdm(pairs, "labels", disable=None, dynamic_ncols=True):
-        ids = common.read_label(label, name, common.read_image(image).size)
+        ids = common.read_pair(image, label, name)[1]
         total += np.bincount(ids.ravel(), minlength=256) / ids.size
     return total / len(pairs)
 
@@ -70,8 +70,8 @@ def save_sheet(path, name, pairs):
     """image | label, two pairs per row, all of them reduced to one width"""
     tiles = []
     for image_path, label_path in pairs:
-        image = common.read_image(image_path)
-        label = Image.fromarray(common.read_label(label_path, name, image.size))
+        image, label = common.read_pair(image_path, label_path, name)
+        label = Image.fromarray(label)
         size = WIDTH, round(WIDTH * image.height / image.width)
         tiles.append([(image_path.name, np.asarray(image.resize(size))),
                       (label_path.name, np.asarray(label.resize(size, Image.NEAREST)))])
@@ -89,9 +89,9 @@ def check(name, split):
     """Print what a split of a data set holds, save a sheet -> what is wrong. Raises Stop."""
     pairs, title = common.pairs(name, split), f"{name}, {split}"
     official = LAYOUTS[name][3][split == "val"] if name in LAYOUTS else len(pairs)
-    wrong = wrong_sizes(pairs)
+    wrong = wrong_sizes(name, pairs)
     if wrong:
-        return [f"{title}: {len(wrong)} labels have another size than their image: {wrong[0]}"]
+        return [f"{title}: {len(wrong)} pairs are wrong: {wrong[0]}"]
     share = shares(name, spread(pairs, READ))
     parts = [f"{k} {100 * share[i]:.1f} %" for i, k in enumerate(CLASSES)]
     never = [k for i, k in enumerate(CLASSES) if share[i] == 0]

@@ -174,33 +174,6 @@ def test_vote_gives_a_mask_the_teachers_majority_below_it(stage):
     assert (refined == 0).all()
 
 
-class ThreeMasks:
-    """A Sam that answers every prompt with three masks, of which the second is rated highest."""
-    image_encoder = type("Encoder", (), {"img_size": 8})()
-
-    class prompt_encoder:
-        def __new__(cls, points, boxes, masks):
-            return points[0], None
-
-        get_dense_pe = staticmethod(lambda: None)
-
-    def mask_decoder(self, sparse_prompt_embeddings, **others):
-        logits = torch.ones(len(sparse_prompt_embeddings), 3, 8, 8)
-        logits[:, 1] = -1
-        logits[:, 1, 0, 0] = 1
-        return logits, torch.tensor([[.1, .9, .2]]).expand(len(logits), 3)
-
-    def postprocess_masks(self, masks, inside, shape):
-        assert tuple(inside) == tuple(shape) == tuple(masks.shape[-2:])
-        return masks
-
-
-def test_the_best_of_three_masks_is_the_one_rated_highest(stage):
-    stage.SAM_CHUNK = 2
-    masks = stage.sam_masks(ThreeMasks(), torch.zeros(1, 1, 1), torch.zeros(5, 3, 2), (8, 8))
-    assert masks.shape == (5, 8, 8) and masks.sum() == 5 and masks[:, 0, 0].all()
-
-
 # ------------------------------------------------------------ teacher, pictures
 def test_the_teacher_is_the_running_mean_of_the_student(stage):
     student = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1))
