@@ -1,8 +1,6 @@
 """01: what the parser makes of what LLMs really write, what is asked, and how a run goes on."""
 import json
 import shutil
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import common
-from conftest import ROOT, environment, fresh
+from conftest import fresh
 
 stage = fresh("01_prompts")
 TABLE = stage.word_table(stage.WORDS)
@@ -21,7 +19,15 @@ CITYSCAPES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic 
               "bus", "train", "motorcycle", "bicycle")
 
 
-def collect(answer, n=50, missing=(), kept=None, **more):
+@pytest.fixture
+def paper(monkeypatch):
+    """01 with the 19 classes"""
+    monkeypatch.setattr(common, "CLASSES", list(CITYSCAPES))
+    monkeypatch.setattr(common, "PRESET", "gta")
+    return fresh("01_prompts")
+
+
+def collect(answer, n, missing, kept=None, **more):
     """stage.collect with N_PROMPTS = n -> kept prompts, classes that are missing, drop counts"""
     kept, missing, dropped = {} if kept is None else kept, list(missing), Counter()
     stage.N_PROMPTS = n
@@ -30,56 +36,37 @@ def collect(answer, n=50, missing=(), kept=None, **more):
 
 
 # ---------------------------------------------------------------------------- the parser
-@pytest.mark.parametrize("line, prompt", [
-    ("a photo of a car in the rain", "a photo of a car in the rain"),
-    ("12. A photo of a bus in Tokyo at noon.", "a photo of a bus in Tokyo at noon"),
-    ("  * **A photo of two people in the snow**", "a photo of two people in the snow"),
-    ('- "a photo of a road and cars in Paris"', "a photo of a road and cars in Paris"),
-    ("\t3) An photo of a traffic light in fog", "a photo of a traffic light in fog"),
-    ("“a photo of a **car** in a town”,", "a photo of a car in a town"),
-    ("**Prompt 1:** a photo of a car in rain", "a photo of a car in rain"),
-    ("| 1 | a photo of a car in rain | car |", "a photo of a car in rain"),
-    ("3. a photo of a road in snow (classes: road)", "a photo of a road in snow"),
-    ("a photo of a road in snow [road, sky]", "a photo of a road in snow"),
-    ("a photo of a road in snow - classes: road", "a photo of a road in snow"),
-    ("a photo of a road in snow. It names the road.", "a photo of a road in snow"),
-    ("<li>a photo of a car in rain</li>", "a photo of a car in rain"),
-    ("a photo of a car in rain<br>", "a photo of a car in rain"),
-    ("`a photo of a car in rain`", "a photo of a car in rain"),
-    ('{"prompt": "a photo of a car in rain", "classes": ["car"]}', "a photo of a car in rain"),
-    ("a photo of a child's bike in St. Petersburg", "a photo of a child's bike in St. Petersburg"),
-    ("a photo of a bus in town 3.", "a photo of a bus in town 3"),
-    ("a photo of many poles, two fences and a tree in a village in winter",
-     "a photo of many poles, two fences and a tree in a village in winter")])
-def test_usable_lines_in_all_forms(line, prompt):
-    assert [found for found, _ in stage.parse(line, TABLE)] == [prompt]
+CAR, BUS = "a photo of a car in rain", "a photo of a bus in town 3"
 
 
 @pytest.mark.parametrize("line", [
-    '["a photo of a car in rain", "a photo of a bus in town 3"]',
-    "['a photo of a car in rain', 'a photo of a bus in town 3']",
-    '```json ["a photo of a car in rain","a photo of a bus in town 3"]```',
-    '["a photo of a car in rain\\n", "a photo of a bus in town 3\\n"]',
-    "1. a photo of a car in rain 2. a photo of a bus in town 3",
-    "1) A photo of a car in rain, 2) A photo of a bus in town 3.",
-    "Prompt 1: a photo of a car in rain Prompt 2: a photo of a bus in town 3",
-    "a photo of a car in rain; a photo of a bus in town 3",
-    "a photo of a car in rain and a photo of a bus in town 3",
-    "a photo of a car in rain<br>a photo of a bus in town 3<br>"])
+    "{}", "12. A photo of a car in rain.", '- "{}"', "  * **{}**", "\t3) An photo of a car in rain",
+    "“a photo of a **car** in rain”,", "**Prompt 1:** {}", "| 1 | {} | car |", "{} (classes: car)",
+    "{} [car, sky]", "{} - classes: car", "{}. It names a car.", "<li>{}</li>", "{}<br>", "`{}`",
+    '{{"prompt": "{}", "classes": ["car"]}}'])
+def test_a_prompt_is_found_in_its_line(line):
+    assert stage.parse(line.format(CAR), TABLE) == [(CAR, {"car"})]
+
+
+@pytest.mark.parametrize("line", [
+    '["{}", "{}"]', "['{}', '{}']", '```json ["{}","{}"]```', '["{}\\n", "{}\\n"]', "1. {} 2. {}",
+    "1) {}, 2) {}.", "Prompt 1: {} Prompt 2: {}", "{}; {}", "{} and {}", "{}<br>{}<br>", "{}\n{}"])
 def test_a_line_with_two_prompts_is_two_prompts(line):
-    assert stage.parse(line, TABLE) == [("a photo of a car in rain", {"car"}),
-                                        ("a photo of a bus in town 3", {"bus"})]
+    assert stage.parse(line.format(CAR, BUS), TABLE) == [(CAR, {"car"}), (BUS, {"bus"})]
+
+
+@pytest.mark.parametrize("line", [
+    "a photo of a child's bike in St. Petersburg", "a photo of a bus in town 3",
+    "a photo of many poles, two fences and a tree in a village in winter"])
+def test_what_belongs_to_a_prompt_stays(line):
+    assert [prompt for prompt, _ in stage.parse(f"{line}.", TABLE)] == [line]
 
 
 @pytest.mark.parametrize("line, why", [
-    ("Sure, here are 100 diverse and simple prompts:", "not"),
-    ("a photo of X in Z", "not"),
-    ('Example of the prompt: "a photo of a car in Z"', "not"),
-    ("a photo of a car on the road", "not"),
-    ("a picture of a car in the rain", "not"),
-    ("```", "not"),
-    ("a photo of a door in a house", "no class"),
-    ("a photo of a scar in a bustling market", "no class"),
+    ("Sure, here are 100 diverse and simple prompts:", "not"), ("a photo of X in Z", "not"),
+    ('Example of the prompt: "a photo of a car in Z"', "not"), ("```", "not"),
+    ("a photo of a car on the road", "not"), ("a picture of a car in the rain", "not"),
+    ("a photo of a door in a house", "no class"), ("a photo of a scar in a market", "no class"),
     ("a photo of a person with a person with a person with a person in a town", "loop"),
     ("a photo of apersonwithapersonwithaperson in a town", "loop")])
 def test_what_is_dropped_and_why(line, why):
@@ -103,25 +90,27 @@ def test_classes_are_found_by_whole_words_plurals_and_synonyms():
     assert stage.classes_in("a scarf, a businessman", TABLE) == set()
 
 
-def test_of_two_classes_with_a_word_the_first_has_it(monkeypatch):
+def test_of_two_classes_with_a_word_the_first_has_it(paper):
     assert TABLE["cyclist"] == "bicycle"                        # the toy preset has no riders
-    monkeypatch.setattr(common, "CLASSES", list(CITYSCAPES))
-    paper = fresh("01_prompts")
     table = paper.word_table(paper.WORDS)
     assert table["cyclist"] == "rider" and table["traffic light"] == "traffic light"
     assert paper.classes_in("a stop sign, a lorry", table) == {"traffic sign", "truck"}
 
 
-def test_a_weak_llms_synonym_renames_no_class():
-    table = stage.word_table(stage.WORDS, {"road": ["railing", "boulevard"], "sky": ["cars"]})
-    assert table["railing"] == "fence" and table["cars"] == "car"
-    assert table["boulevards"] == "road"
+def test_the_hundred_prompts_that_are_shipped_name_every_class(paper):
+    kept, missing, dropped = {}, list(CITYSCAPES), Counter()
+    text = (Path(__file__).parent / "prompts.txt").read_text()
+    paper.collect(text, paper.word_table(paper.WORDS), kept, missing, dropped)
+    named = Counter(name for classes in kept.values() for name in classes)
+    assert (len(kept), missing, dropped) == (100, [], {}) and min(named.values()) == 6
 
 
-def test_synonyms_are_short_plain_words_from_a_list():
+def test_a_weak_llms_synonyms_are_plain_words_and_rename_no_class():
     answer = ("Here are some words:\n1. pedestrian\n2. \"walker\"\n"
               "3. a person who is walking down a street\n- car\n4. pedestrian\n\n* passer by")
     assert stage.parse_synonyms(answer) == ["pedestrian", "walker", "passer by"]
+    table = stage.word_table(stage.WORDS, {"road": ["railing", "boulevard"], "sky": ["cars"]})
+    assert [table[w] for w in ("railing", "cars", "boulevards")] == ["fence", "car", "road"]
 
 
 # ---------------------------------------------------------------------------- what is kept
@@ -138,11 +127,6 @@ def test_a_class_that_the_llm_never_names_keeps_its_place_for_a_while_only():
     cars = "\n".join(f"a photo of a car in town {i}" for i in range(5))
     kept, missing, _ = collect(cars, 3, common.CLASSES, fair=False)
     assert len(kept) == 3 and "sky" in missing and "car" not in missing
-
-
-def test_repeats_are_dropped_whatever_their_case():
-    kept, _, dropped = collect("a photo of a car in a town\n1. A photo of a Car in a town.")
-    assert list(kept) == ["a photo of a car in a town"] and dropped == {"repeated": 1}
 
 
 def test_what_a_real_small_llm_wrote(tmp_path):
@@ -167,9 +151,6 @@ def test_synthias_request_leaves_out_the_classes_that_it_does_not_have(monkeypat
         monkeypatch.setattr(common, "PRESET", preset)
         classes = fresh("01_prompts").SOURCE_CLASSES
         assert len(classes) == n and ("truck" in classes) == (n == 19)
-    kept, missing = {}, ["car"]
-    stage.collect("a photo of a bus in a town", TABLE, kept, missing, Counter())
-    assert kept and missing == ["car"]          # a class that is not asked for counts as named
 
 
 class FakeLLM:
@@ -196,10 +177,9 @@ def run(out, llm, **constants):
     return module
 
 
-def test_a_stopped_run_goes_on_to_the_same_prompts(tmp_path):
-    whole = FakeLLM()
+def test_a_stopped_run_resumes_to_the_same_prompts(tmp_path):
+    whole, first, second = FakeLLM(), FakeLLM(most=14), FakeLLM()
     run(tmp_path / "whole", whole)
-    first, second = FakeLLM(most=14), FakeLLM()
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", first)
     run(tmp_path / "stopped", second)
@@ -217,14 +197,12 @@ def test_every_second_request_names_only_what_is_missing(tmp_path):
     assert asked[2] == common.CLASSES
 
 
-def test_more_answers_may_be_asked_for_later(tmp_path, capsys):
+def test_more_answers_may_be_asked_for_later(tmp_path):
     first, second = FakeLLM(), FakeLLM()
     with pytest.raises(common.Stop, match=r"(?s)2 answers gave 16 of 40 prompts.*--TRIES=4"):
         run(tmp_path, first, TRIES=2)
     run(tmp_path, second, TRIES=60)
     assert second.seeds[0] == len(first.seeds) == 14
-    named = capsys.readouterr().out.splitlines()[-2]
-    assert named.startswith("named: road ") and " 0" not in named
 
 
 @pytest.mark.parametrize("content, message", [
@@ -258,40 +236,35 @@ def test_thoughts_and_cut_lines_are_no_answer(tmp_path, answer, cut, lines):
     assert json.loads(path.read_text())["answer"] == answer     # the record has all of it
 
 
-def llm_folder(folder, template):
+def llm_folder(folder, template=""):
     """The miniature LLM with another chat template; "" = none"""
     shutil.copytree(stage.LLM, folder)
     (folder / "chat_template.jinja").unlink()
     if template:
         (folder / "chat_template.jinja").write_text(template)
-    return str(folder)
+    return folder
 
 
-def test_a_template_that_opens_the_thinking_is_seen(tmp_path):
+def ask(folder, request, seed=0):
     module = fresh("01_prompts")
     module.NEW_TOKENS = 16
-    template = "{{ messages[0].content }}<think>\n"
-    answer = module.load_llm(llm_folder(tmp_path / "llm", template))("List", 0)
-    assert answer["answer"].startswith("<think>")
+    return module.load_llm(str(folder))(request, seed)
 
 
-def test_a_model_that_can_do_without_thinking_is_told_to(tmp_path):
-    module = fresh("01_prompts")
-    module.NEW_TOKENS = 16
-    template = ("{{ messages[0].content }}<think>\n"
-                "{% if enable_thinking is defined and not enable_thinking %}</think>{% endif %}")
-    answer = module.load_llm(llm_folder(tmp_path / "llm", template))("List", 0)
-    assert not answer["answer"].startswith("<think>")
+def test_a_model_that_thinks_first_is_told_not_to_or_seen_through(tmp_path):
+    """A template that opens the thinking: the answer begins within it."""
+    thinks = "{{ messages[0].content }}<think>\n"
+    told = "{% if enable_thinking is defined and not enable_thinking %}</think>{% endif %}"
+    answer = ask(llm_folder(tmp_path / "thinks", thinks), "List")["answer"]
+    assert answer.startswith("<think>")
+    answer = ask(llm_folder(tmp_path / "told", thinks + told), "List")["answer"]
+    assert not answer.startswith("<think>")
 
 
 def test_a_model_without_a_template_gets_the_request_as_it_is(tmp_path):
     """Then it answers as with a template that adds nothing but the first token."""
-    module = fresh("01_prompts")
-    module.NEW_TOKENS = 16
-    plain = module.load_llm(llm_folder(tmp_path / "plain", ""))
-    template = "<|im_start|>{{ messages[0]['content'] }}"
-    same = module.load_llm(llm_folder(tmp_path / "same", template))
-    assert plain("a photo of", 3) == same("a photo of", 3)
+    same = llm_folder(tmp_path / "same", "<|im_start|>{{ messages[0]['content'] }}")
+    assert ask(llm_folder(tmp_path / "plain"), "a photo of", 3) == ask(same, "a photo of", 3)
 
 
 def test_the_miniature_answers_the_same_for_the_same_seed():
@@ -302,7 +275,7 @@ def test_the_miniature_answers_the_same_for_the_same_seed():
 
 # ---------------------------------------------------------------------------- broken models
 @pytest.mark.parametrize("template, words", [
-    ("{% if x %}", "TemplateSyntaxError"), ("{{ raise_exception('no system') }}", "TemplateError: no"),
+    ("{% if x %}", "TemplateSyntaxError"), ("{{ raise_exception('no') }}", "TemplateError: no"),
     ("{{ messages[0].content.text() }}", "UndefinedError")])
 def test_a_broken_chat_template_is_named(say, tmp_path, template, words):
     message = say("01_prompts", f"--LLM={llm_folder(tmp_path / 'llm', template)}")
@@ -311,7 +284,7 @@ def test_a_broken_chat_template_is_named(say, tmp_path, template, words):
 
 
 def test_weights_that_are_no_numbers_are_named(say, tmp_path):
-    folder = Path(llm_folder(tmp_path / "llm", "{{ messages[0].content }}"))
+    folder = llm_folder(tmp_path / "llm")
     weights = load_file(folder / "model.safetensors")
     broken = {name: weight * torch.nan for name, weight in weights.items()}
     save_file(broken, folder / "model.safetensors", {"format": "pt"})
@@ -322,7 +295,7 @@ def test_weights_that_are_no_numbers_are_named(say, tmp_path):
 
 @pytest.mark.parametrize("gone", ["tokenizer.json", "config.json", "model.safetensors"])
 def test_a_model_that_lacks_a_file_is_named(say, tmp_path, gone):
-    folder = Path(llm_folder(tmp_path / "llm", ""))
+    folder = llm_folder(tmp_path / "llm")
     (folder / gone).unlink()
     message = say("01_prompts", f"--LLM={folder}")
     assert f"LLM={folder} could not be loaded" in message and len(message.splitlines()) == 2
@@ -337,21 +310,3 @@ def test_a_model_that_is_not_there_is_reported_within_a_second(say, tmp_path, ca
         assert f"LLM={name} could not be loaded" in message and "hf auth login" in message
     assert seconds < 1 and not (tmp_path / "run").exists()
     assert "ERROR" not in capfd.readouterr().err
-
-
-def test_the_hundred_prompts_that_are_shipped_name_every_class(tmp_path):
-    """Through 01's own collector with the 19 classes, in a process under a paper preset."""
-    code = """
-from collections import Counter
-from importlib import import_module
-from pathlib import Path
-stage = import_module("01_prompts")
-table = stage.word_table(stage.WORDS)
-kept, missing, dropped = {}, list(stage.CLASSES), Counter()
-stage.collect(Path("tests/prompts.txt").read_text(), table, kept, missing, dropped)
-named = Counter(name for classes in kept.values() for name in classes)
-print(len(kept), missing, dict(dropped), len(named), min(named.values()))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
-                          env=environment(tmp_path, tmp_path, PRESET="gta"))
-    assert done.stdout == "100 [] {} 19 6\n", done.stderr
