@@ -1,5 +1,5 @@
 """What the tests share. Every test runs on a bare CPU: no GPU, no hub, no data set but small ones
-drawn here. One thread, so that runs repeat bit for bit.
+drawn here. One thread (THREADS=2: two), so that runs repeat bit for bit.
 
     python -m pytest tests -q -n 2      what is not marked slow, in two processes
     python -m pytest tests -q -m slow   the rest, alone: what takes long, or measures time"""
@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PRESET="toy")
+THREADS = os.environ.get("THREADS", "1")
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS=THREADS, PRESET="toy")
 for name in ("RUN", "DATA"):
     os.environ.pop(name, None)
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/toy")]
@@ -28,7 +29,7 @@ from PIL import Image
 
 import common
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(THREADS))
 
 SMALL = {
     "01_prompts": ["--N_PROMPTS=14"],

@@ -412,8 +412,8 @@ def test_masks_are_sam_predictors_best(selftrain, make, shape):
     selftrain.SAM_CHUNK = 3
     found = selftrain.sam_masks(sam, predictor.features[0], points, shape)
     assert found.dtype == torch.bool and found.shape == (7, *shape)
-    sure = wanted.abs() > 1e-4 * wanted.std()           # the others may fall to either side
-    assert sure.float().mean() > .999 and .02 < (wanted > 0).float().mean() < .98
+    sure = wanted.abs() > 1e-3 * wanted.std()           # the others may fall to either side
+    assert sure.float().mean() > .998 and .02 < (wanted > 0).float().mean() < .98
     assert torch.equal(found[sure], wanted[sure] > 0)
 
 
