@@ -284,7 +284,7 @@ def test_an_embedding_that_is_damaged_is_made_again(tmp_path, damage):
 # ---------------------------------------------------------------------------- models
 def test_a_network_of_the_version_before_says_what_it_expects(tmp_path):
     """As commit 90a1bb7 saved them: no format, other names of weights."""
-    sizes = dict(channels=[4, 4, 4, 4], classes=12, dim=32, queries=12, layers=1, hidden=8,
+    sizes = dict(channels=[4, 4, 4, 4], classes=12, dim=32, queries=12, layers=1, width=8,
                  pixel_layers=1, heads=8)
     about = {"encoder": "local-dir:tests/toy/weights/clip", "decoder": sizes, "seed": 0,
              "classes": common.CLASSES, "preset": "toy", "stage": "03_train_source",

@@ -249,7 +249,7 @@ def test_a_query_layer_equals_mask2formers():
 @torch.no_grad()
 def test_the_decoders_queries_equal_mask2formers(monkeypatch):
     theirs = mask2former()
-    ours = stage.Decoder([8] * 4, 5, 64, queries=7, layers=4, hidden=48, pixel_layers=0).double()
+    ours = stage.Decoder([8] * 4, 5, 64, queries=7, layers=4, width=48, pixel_layers=0).double()
     for mine, its in zip(ours.layers, theirs.decoder.layers):
         copy_layer(mine, its)
     ours.query.load_state_dict(theirs.queries_features.state_dict())

@@ -195,7 +195,7 @@ def test_a_painted_picture_repeats_and_each_comes_once_per_epoch(stage, painted,
     paths = [tmp_path / f"{k}.npy" for k in range(3)]
     for k, path in enumerate(paths):
         np.save(path, np.full((2, 4, 4), k, np.float16))
-    pictures, order = stage.PaintedPictures(painted, paths, 0, (64, 96)), []
+    pictures, order = stage.PaintedPictures(painted, paths, (0, 4), (64, 96)), []
     for i in range(12):
         for ours, again in zip(pictures[i], pictures[i]):
             assert torch.equal(torch.as_tensor(ours), torch.as_tensor(again))
@@ -207,22 +207,22 @@ def test_a_painted_picture_repeats_and_each_comes_once_per_epoch(stage, painted,
 
 
 def test_embeddings_are_made_once_and_belong_to_a_pictures_content(stage, painted, tmp_path):
-    stage.RUN, stage.CROP = str(tmp_path), (64, 96)
+    stage.RUN = str(tmp_path)
     sam, calls = stage.load_sam(str(SAM)), []
     sam.image_encoder.register_forward_hook(lambda *a: calls.append(1))
-    paths = stage.embed_pictures(sam, painted)
-    assert len(calls) == 3 and stage.embed_pictures(sam, painted) == paths and len(calls) == 3
+    paths = stage.embed_pictures(sam, painted, (64, 96), False)
+    assert len(calls) == 3 and stage.embed_pictures(sam, painted, (64, 96), False) == paths and len(calls) == 3
     paths[1].unlink()
-    stage.embed_pictures(sam, painted)
+    stage.embed_pictures(sam, painted, (64, 96), False)
     assert len(calls) == 4                                      # only what is missing is made again
     Image.new("RGB", (96, 64)).save(painted[2])                 # another picture, the old name
-    assert stage.embed_pictures(sam, painted)[2] != paths[2] and len(calls) == 5
+    assert stage.embed_pictures(sam, painted, (64, 96), False)[2] != paths[2] and len(calls) == 5
 
 
 @pytest.mark.parametrize("part", ["down.0.0.weight", "down.0.1.running_mean"])
 def test_another_sam_has_other_embeddings(stage, painted, tmp_path, part):
-    stage.RUN, stage.CROP = str(tmp_path), (64, 96)
+    stage.RUN = str(tmp_path)
     sam = stage.load_sam(str(SAM))
-    paths = stage.embed_pictures(sam, painted)
+    paths = stage.embed_pictures(sam, painted, (64, 96), False)
     sam.image_encoder.state_dict()[part].add_(1)
-    assert not set(stage.embed_pictures(sam, painted)) & set(paths)
+    assert not set(stage.embed_pictures(sam, painted, (64, 96), False)) & set(paths)
