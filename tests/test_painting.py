@@ -267,7 +267,11 @@ class Job:
         stage.check()
         stage.load_pipeline = lambda name: (self.pipeline, {
             "num_inference_steps": 1, "height": 16, "width": 16})
-        stage.main()
+        try:
+            stage.main()
+        finally:
+            while common.locks:         # as launch() does
+                common.locks.pop().release()
         return self.pipeline.batches
 
     def index(self):

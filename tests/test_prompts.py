@@ -169,12 +169,15 @@ class FakeLLM:
 
 
 def run(out, llm, **constants):
-    """main() of a new 01 with this LLM -> the module"""
+    """main() of a new 01 with this LLM"""
     module = fresh("01_prompts")
     vars(module).update({"OUT": str(out), "N_PROMPTS": 40} | constants)
     module.load_llm = lambda name: llm
-    module.main()
-    return module
+    try:
+        module.main()
+    finally:
+        while common.locks:             # as launch() does
+            common.locks.pop().release()
 
 
 def test_a_stopped_run_resumes_to_the_same_prompts(tmp_path):
