@@ -405,7 +405,7 @@ def test_05_scores_the_encoder_that_was_trained(trained, data, tmp_path, start):
     for weights in (encoder_of(file), original().state_dict()):
         encoder.load_state_dict(weights)
         counted.append(count(encoder, decoder, common.pairs(target, "val")))
-    confusion = np.load(row["targets"][target]["confusion"])
+    confusion = np.load(tmp_path / "run/05_eval" / row["targets"][target]["confusion"])
     assert np.array_equal(confusion, counted[0]) and not np.array_equal(confusion, counted[1])
 
 
