@@ -58,8 +58,9 @@ class Training:
     the weights before the first step.
     invert: all colours, in place of the colour jitter. noise: relative, on the first weights."""
 
-    def __init__(self, name, root, out, *arguments, invert=True, noise=0., steps=10 ** 9):
-        self.name, self.root, self.invert, self.noise, self.steps = name, root, invert, noise, steps
+    def __init__(self, name, root, out, *arguments, invert=True, noise=0., seed=0,
+                 steps=10 ** 9):
+        self.invert, self.noise, self.seed, self.steps = invert, noise, seed, steps
         self.calls = {name: [] for name in WATCHED}
         self.seen, self.teachers, self.seeds = [], [], []
         self.truth, self.source = scenes(root / "toy/day"), scenes(root / "toy/game_train")
@@ -82,7 +83,7 @@ class Training:
 
         def make_optimizer(*arguments):
             self.optimizer, trained = make(*arguments)
-            generator = torch.Generator().manual_seed(0)
+            generator = torch.Generator().manual_seed(self.seed)
             with torch.no_grad():
                 for weight in trained:
                     random = torch.randn(weight.shape, generator=generator)
@@ -250,9 +251,9 @@ RUNS = {"03_train_source": ["--ITERATIONS=20", "--POINTS=256", "--LR=0.003", "--
         "04_selftrain": ["--ITERATIONS=20", "--LR=0.003", "--WARMUP=3"]}
 
 
-def losses(name, root, out, noise):
-    """Of the first four steps -> (4, 4)"""
-    run = Training(name, root, out, *RUNS[name], invert=False, noise=noise, steps=4)
+def losses(name, root, out, noise, seed=0):
+    """Of the first three steps -> (3, 4)"""
+    run = Training(name, root, out, *RUNS[name], invert=False, noise=noise, seed=seed, steps=3)
     return np.array([[row[key] for key in ("loss", "class", "mask", "dice")] for row in run.log])
 
 
@@ -260,13 +261,15 @@ def losses(name, root, out, noise):
 @pytest.mark.parametrize("name", NAMES)
 def test_golden_losses_of_the_first_steps(root, tmp_path, name):
     """The first step has hardly any rounding behind it. Later ones may move as far as they do if
-    the first weights move by 1e-5, some hundred times their rounding."""
+    the first weights move by 1e-5, some hundred times their rounding. From the fourth on a single
+    bit decides which query a class is matched to."""
     found = losses(name, root, tmp_path / "0", 0.)
     if os.environ.get("GOLDEN") == "write":
         golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
         golden[name] = [[round(number, 5) for number in row] for row in found.tolist()]
         GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
     wanted = np.array(json.loads(GOLDEN.read_text())[name])
-    moved = np.abs(losses(name, root, tmp_path / "1", 1e-5) - found).max(1, keepdims=True)
+    others = [losses(name, root, tmp_path / str(seed), 1e-5, seed) for seed in (1, 2)]
+    moved = np.abs(np.array(others) - found).max((0, 2))[:, None]
     assert moved[0] < .01 and moved.max() < .5              # of some 40
-    assert (np.abs(found - wanted) <= 3e-4 * wanted + 3 * moved).all()
+    assert (np.abs(found - wanted) <= 5e-4 * wanted + 3 * moved).all(), (found, wanted, moved)
