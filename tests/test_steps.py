@@ -54,15 +54,15 @@ class Training:
     """A run of 03 or 04 whose functions are watched.
 
     calls: {function: [(arguments, what it returned)]}; seen: the pictures that the student saw in
-    each step; teachers: a weight of the teacher in each; seeds: of the loss's random points; start:
-    the weights before the first step.
+    each step; teachers: a weight of the teacher in each; seeds: of the loss's random points; norms:
+    of the gradient of each step's loss; start: the weights before the first step.
     invert: all colours, in place of the colour jitter. noise: relative, on the first weights."""
 
     def __init__(self, name, root, out, *arguments, invert=True, noise=0., seed=0,
                  steps=10 ** 9):
         self.invert, self.noise, self.seed, self.steps = invert, noise, seed, steps
         self.calls = {name: [] for name in WATCHED}
-        self.seen, self.teachers, self.seeds = [], [], []
+        self.seen, self.teachers, self.seeds, self.norms = [], [], [], []
         self.truth, self.source = scenes(root / "toy/day"), scenes(root / "toy/game_train")
         arguments = [*FEW[name], *arguments, "--LOG_EVERY=1", "--WORKERS=0", f"--OUT={out}"]
         if name == "04_selftrain":
@@ -115,6 +115,12 @@ class Training:
             if name == "mask_loss":
                 self.seeds.append(torch.initial_seed())
             result = function(*arguments, **options)
+            if name == "mask_loss":
+                weights = sum((group["params"] for group in self.optimizer.param_groups), [])
+                found = torch.autograd.grad(result[0], weights, retain_graph=True,
+                                            allow_unused=True)
+                squares = [g.double().square().sum() for g in found if g is not None]
+                self.norms.append(float(sum(squares).sqrt()))
             self.calls[name].append((arguments, result))
             return result
         if function:
@@ -163,6 +169,7 @@ def test_03_learns_each_picture_with_its_label_both_flipped_or_none(root, tmp_pa
         flips.append(flipped)
     assert len(flips) == 8 and len(set(flips)) == 2
     assert len(set(run.seeds)) == 2                 # other random points at every step
+    assert [row["norm"] for row in run.log] == pytest.approx(run.norms, rel=1e-3)   # of it alone
 
 
 def test_04_learns_source_labels_and_those_that_sam_redrew_flipped_with_the_students_view(
@@ -198,6 +205,10 @@ def test_sams_points_differ_from_picture_to_picture_and_from_step_to_step(two_st
     firsts = {tuple(prompts[0, 0]) for prompts in drawn}
     assert all(len(prompts) > 3 for prompts in drawn) and len(firsts) > 4
     assert len(set(two_steps.seeds)) == 2                   # and those of the loss
+
+
+def test_each_step_of_04_follows_the_gradient_of_its_own_loss(two_steps):
+    assert [row["norm"] for row in two_steps.log] == pytest.approx(two_steps.norms, rel=1e-3)
 
 
 def test_the_loss_gets_the_constants_of_the_run_of_03(two_steps):
