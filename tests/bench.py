@@ -5,6 +5,7 @@ differ.
     python tests/bench.py                   on a CPU, one thread, about 15 minutes
     python tests/bench.py refine decoder    some parts of it
     python tests/bench.py gpu | tiny        full-size models on a GPU: see bench_gpu.py
+    python tests/bench.py memory            GB of a card that they take: see bench_memory.py
 
 refine    04's refine against the official one, written plainly with SamPredictor
 decoder   our decoder against the head of transformers' Mask2Former: time, size, memory
@@ -28,7 +29,7 @@ from pathlib import Path
 
 WORK = tempfile.TemporaryDirectory()
 ROOT = Path(__file__).resolve().parents[1]
-MODE = sys.argv[1] if sys.argv[1:] and sys.argv[1] in ("gpu", "tiny") else "cpu"
+MODE = sys.argv[1] if sys.argv[1:] and sys.argv[1] in ("gpu", "tiny", "memory") else "cpu"
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/toy")]
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "RUN": WORK.name,
@@ -322,5 +323,7 @@ if __name__ == "__main__":
         peak(*sys.argv[2:])
     elif MODE == "cpu":
         main(sys.argv[1:])
+    elif MODE == "memory":
+        import_module("bench_memory").main()
     else:
         import_module("bench_gpu").main(sys.argv[2:])

@@ -47,7 +47,7 @@ from tests.toy.sam import build_sam
 
 
 def size(full, tiny):
-    return full if MODE == "gpu" else tiny
+    return tiny if MODE == "tiny" else full
 
 
 # ---------------------------------------------------------------------------- sizes
