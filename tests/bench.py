@@ -151,15 +151,13 @@ def refine():
 class Mask2FormerHead(nn.Module):
     """The head of transformers' Mask2Former, made and called as our Decoder is."""
 
-    def __init__(self, channels, classes, dim, queries, layers, hidden, pixel_layers=6, heads=8):
+    def __init__(self, channels, classes, dim, queries, layers, width, pixel_layers=6, heads=8):
         super().__init__()
         from transformers import Mask2FormerConfig
         from transformers.models.mask2former import modeling_mask2former as library
-        self.sizes = dict(channels=list(channels), classes=classes, dim=dim, queries=queries,
-                          layers=layers, hidden=hidden, pixel_layers=pixel_layers, heads=heads)
         config = Mask2FormerConfig(
             feature_size=dim, mask_feature_size=dim, hidden_dim=dim, encoder_layers=pixel_layers,
-            encoder_feedforward_dim=4 * dim, dim_feedforward=hidden, num_queries=queries,
+            encoder_feedforward_dim=4 * dim, dim_feedforward=width, num_queries=queries,
             decoder_layers=layers + 1, num_attention_heads=heads, num_labels=classes)
         self.pixels = library.Mask2FormerPixelDecoder(config, list(channels))
         self.transformer = library.Mask2FormerTransformerModule(dim, config)
@@ -265,7 +263,7 @@ def step(steps=10):
     data, profile = data_set("source", (128, 256), 8), cProfile.Profile()
     run_main(source, SOURCE=data, ITERATIONS=1, BATCH=2)
     selftrain.preview = lambda *_: None
-    profile.runcall(run_main, selftrain, GENERATED=f"{data}/images", ITERATIONS=steps,
+    profile.runcall(run_main, selftrain, SOURCE=data, GENERATED=f"{data}/images", ITERATIONS=steps,
                     LOG_EVERY=steps)
     log, = common.read_lines(f"{WORK.name}/04_selftrain/log.jsonl", "seconds")
     rest = log["seconds"]
@@ -299,7 +297,7 @@ def growth():
             return info["wall_seconds"], gigabytes(output)
         painting = facts("02_generate", f"--N_IMAGES={n}", f"--PROMPTS={run}/prompts.txt")
         facts("03_train_source", f"--SOURCE={data}", "--ITERATIONS=1", "--BATCH=1")
-        training = facts("04_selftrain", "--ITERATIONS=20", "--LOG_EVERY=20")
+        training = facts("04_selftrain", f"--SOURCE={data}", "--ITERATIONS=20", "--LOG_EVERY=20")
         log, = common.read_lines(run / "04_selftrain/log.jsonl", "seconds")
         embedding = next(run.glob("sam_embeddings/*/*.npy"))
         line(f"{n:,}", *painting, *training, log["seconds"], embedding.stat().st_size / 1e6)
