@@ -94,6 +94,7 @@ def check():
     for name in common.constants(globals()):
         expect(name not in of_init, f"{name} is as in the run of INIT: set it in 03 and train that")
     source_stage.check_source(SOURCE)
+    expect(GENERATED != "folder:", f"{GENERATED=}: expected folder:PATH")
     expect(REFINE in ("points", "off", "vote"), f"{REFINE=}: expected points, off or vote")
     expect(UNLABELLED in ("ignore", "negative"), f"{UNLABELLED=}: expected ignore or negative")
     expect_numbers(int, 1, 10_000, SAM_POINTS=SAM_POINTS, SAM_CHUNK=SAM_CHUNK, SAM_BATCH=SAM_BATCH,

@@ -218,7 +218,8 @@ def test_results_hold_what_was_counted(scored, two, tmp_path, capsys):
         found = first["targets"][target]
         assert found["iou"] == {"a": 75, "b": 50, "c": 0} and found["images"] == 2
         assert found["miou"] == 125 / 3
-        assert np.load(tmp_path / "out" / found["confusion"]).tolist() == [[6, 2, 0], [0, 4, 2], [0, 0, 0]]
+        counts = np.load(tmp_path / "out" / found["confusion"])
+        assert counts.tolist() == [[6, 2, 0], [0, 4, 2], [0, 0, 0]]
     printed = capsys.readouterr().out
     assert "04_seed1 on b: mIoU 41.7, 2 images\n" in printed
     assert "| 04 | 41.7 | 41.7 | 41.7 |" in printed and "| 04 | 2 | 41.7 | 0.0 |" in printed
