@@ -5,6 +5,7 @@ differ.
     python tests/bench.py                   on a CPU, one thread, about 15 minutes
     python tests/bench.py refine decoder    some parts of it
     python tests/bench.py gpu | tiny        full-size models on a GPU: see bench_gpu.py
+    python tests/bench.py memory            GB of a card that they take: see bench_memory.py
 
 refine    04's refine against the official one, written plainly with SamPredictor
 decoder   our decoder against the head of transformers' Mask2Former: time, size, memory
@@ -28,7 +29,7 @@ from pathlib import Path
 
 WORK = tempfile.TemporaryDirectory()
 ROOT = Path(__file__).resolve().parents[1]
-MODE = sys.argv[1] if sys.argv[1:] and sys.argv[1] in ("gpu", "tiny") else "cpu"
+MODE = sys.argv[1] if sys.argv[1:] and sys.argv[1] in ("gpu", "tiny", "memory") else "cpu"
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/toy")]
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "RUN": WORK.name,
@@ -150,15 +151,13 @@ def refine():
 class Mask2FormerHead(nn.Module):
     """The head of transformers' Mask2Former, made and called as our Decoder is."""
 
-    def __init__(self, channels, classes, dim, queries, layers, hidden, pixel_layers=6, heads=8):
+    def __init__(self, channels, classes, dim, queries, layers, width, pixel_layers=6, heads=8):
         super().__init__()
         from transformers import Mask2FormerConfig
         from transformers.models.mask2former import modeling_mask2former as library
-        self.sizes = dict(channels=list(channels), classes=classes, dim=dim, queries=queries,
-                          layers=layers, hidden=hidden, pixel_layers=pixel_layers, heads=heads)
         config = Mask2FormerConfig(
             feature_size=dim, mask_feature_size=dim, hidden_dim=dim, encoder_layers=pixel_layers,
-            encoder_feedforward_dim=4 * dim, dim_feedforward=hidden, num_queries=queries,
+            encoder_feedforward_dim=4 * dim, dim_feedforward=width, num_queries=queries,
             decoder_layers=layers + 1, num_attention_heads=heads, num_labels=classes)
         self.pixels = library.Mask2FormerPixelDecoder(config, list(channels))
         self.transformer = library.Mask2FormerTransformerModule(dim, config)
@@ -264,7 +263,7 @@ def step(steps=10):
     data, profile = data_set("source", (128, 256), 8), cProfile.Profile()
     run_main(source, SOURCE=data, ITERATIONS=1, BATCH=2)
     selftrain.preview = lambda *_: None
-    profile.runcall(run_main, selftrain, GENERATED=f"{data}/images", ITERATIONS=steps,
+    profile.runcall(run_main, selftrain, SOURCE=data, GENERATED=f"{data}/images", ITERATIONS=steps,
                     LOG_EVERY=steps)
     log, = common.read_lines(f"{WORK.name}/04_selftrain/log.jsonl", "seconds")
     rest = log["seconds"]
@@ -298,7 +297,7 @@ def growth():
             return info["wall_seconds"], gigabytes(output)
         painting = facts("02_generate", f"--N_IMAGES={n}", f"--PROMPTS={run}/prompts.txt")
         facts("03_train_source", f"--SOURCE={data}", "--ITERATIONS=1", "--BATCH=1")
-        training = facts("04_selftrain", "--ITERATIONS=20", "--LOG_EVERY=20")
+        training = facts("04_selftrain", f"--SOURCE={data}", "--ITERATIONS=20", "--LOG_EVERY=20")
         log, = common.read_lines(run / "04_selftrain/log.jsonl", "seconds")
         embedding = next(run.glob("sam_embeddings/*/*.npy"))
         line(f"{n:,}", *painting, *training, log["seconds"], embedding.stat().st_size / 1e6)
@@ -322,5 +321,7 @@ if __name__ == "__main__":
         peak(*sys.argv[2:])
     elif MODE == "cpu":
         main(sys.argv[1:])
+    elif MODE == "memory":
+        import_module("bench_memory").main()
     else:
         import_module("bench_gpu").main(sys.argv[2:])

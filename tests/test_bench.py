@@ -9,11 +9,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-FOUR = {"float32", "TF32", "bfloat16", "bfloat16 channels_last"}
+THREE = {"float32", "TF32", "bfloat16"}
+FOUR = THREE | {"bfloat16 channels_last"}
 HALF = {"float16", "float16 channels_last"}
 WANTED = {"matrix product": {"float32", "TF32", "bfloat16", "float16"},
-          "step of 03": FOUR, "step of 03, trainable encoder": {"TF32", "bfloat16"},
-          "step of 04": FOUR, "step of 04, trainable encoder": {"TF32", "bfloat16"},
+          "step of 03": THREE, "step of 03, trainable encoder": {"TF32", "bfloat16"},
+          "step of 04": THREE, "step of 04, trainable encoder": {"TF32", "bfloat16"},
           "SAM's encoder, 1 at once": FOUR, "SAM's encoder, 8 at once": FOUR,
           "02, 4 steps, 1 at once": FOUR | HALF, "02, 50 steps, 1 at once": FOUR | HALF,
           "02, 4 steps, 2 at once": {"float16 channels_last"},
@@ -46,6 +47,45 @@ def test_every_row_has_a_time_in_every_precision_and_the_hours_follow():
     hours = [float(cell) for cell in tiny["04: 40,000 steps"][0][:3]]
     expected = [40_000 / 3600 * seconds[name] for name in ("float32", "TF32", "bfloat16")]
     assert hours == pytest.approx(expected, rel=.01)
+
+
+# ------------------------------------------------------------ memory of a card
+@pytest.fixture
+def memory():
+    import bench_memory
+    return bench_memory
+
+
+def test_views_count_once_and_what_is_gone_no_more(memory):
+    with memory.Memory() as held:
+        x = torch.zeros(1000)                   # 4,000 bytes
+        y = (2 * x).view(10, 100).exp()         # 2 x lives until exp() is there
+    assert (held.now, held.most, y.shape) == (8_000, 12_000, (10, 100))
+    del y
+    assert (held.now, held.most) == (4_000, 12_000)
+
+
+def test_a_steps_bytes_are_those_by_hand(memory):
+    network = torch.nn.Sequential(torch.nn.Linear(100, 50, bias=False), torch.nn.LayerNorm(50))
+    before = network[0].weight
+    with memory.counted(network) as held:
+        weights = 4 * (100 * 50 + 50 + 50)
+        assert held.now == weights
+        x = torch.zeros(8, 100)
+        with memory.autocast():
+            y = network(x)
+        # x, its copy in bfloat16 for the weight's gradient; for the norm's gradient the product in
+        # float32, and mean and deviation of every row; y
+        kept = (4 + 2) * 8 * 100 + 4 * 8 * 50 + 2 * 4 * 8 + 4 * 8 * 50
+        assert y.dtype == torch.float32 and held.now == weights + kept
+        y.sum().backward()
+        assert held.now == 2 * weights + 4 * 8 * 100 + 4 * 8 * 50       # gradients; x and y
+    assert before.abs().sum() > 0 and network[0].weight is not before
+
+
+def test_a_cell_names_the_smallest_card(memory):
+    cells = [memory.cell(gigabytes * 2 ** 30) for gigabytes in (10.4, 10.6, 13.6, 21.1)]
+    assert cells == ["11.4 (12 GB)", "11.6 (16 GB)", "14.6 (24 GB)", "22.1 (none of these)"]
 
 
 # ------------------------------------------------------------ what only shows elsewhere

@@ -42,6 +42,18 @@ def test_the_readme_has_the_pipeline_and_experiments():
     assert len(COMMANDS) >= 20
 
 
+def test_04_is_told_what_its_03_was_told():
+    """Of 03's run it takes crop and loss by itself, but not these."""
+    told = {}
+    for preset, stage, arguments in COMMANDS:
+        own = {name: value_of(arguments, name) for name in ("SOURCE", "FREEZE_ENCODER")}
+        if stage == "03_train_source":
+            told[value_of(arguments, "OUT")] = own
+        if stage == "04_selftrain":
+            begins = (value_of(arguments, "INIT") or "").removesuffix("/model.safetensors")
+            assert told.get(begins or None, own) == own, arguments
+
+
 @pytest.fixture
 def under(monkeypatch):
     """under(preset) makes `common` what it is under that preset."""

@@ -59,9 +59,9 @@ def test_a_real_cnn_gives_timms_features_of_a_real_picture():
 @pytest.mark.slow
 @needs(CNN, DAY, DUSK)
 def test_training_on_real_pictures_lowers_the_loss_and_adapts_to_others(tmp_path):
-    settings = ["--WORKERS=0", "--LOG_EVERY=1"]
+    settings = [f"--SOURCE=folder:{DAY}", "--WORKERS=0", "--LOG_EVERY=1"]
     size = ["--DIM=32", "--QUERIES=20", "--LAYERS=2", "--HIDDEN=64", "--PIXEL_LAYERS=1"]
-    training = [f"--SOURCE=folder:{DAY}", "--CROP=96,128", "--SCALE=0.3,0.6", "--POINTS=256",
+    training = ["--CROP=96,128", "--SCALE=0.3,0.6", "--POINTS=256",
                 "--BATCH=4", "--ITERATIONS=16", "--LR=0.003", "--GRAD_CLIP=1"]
     done = script("03_train_source", *settings, *size, *training, f"--ENCODER=timm:local-dir:{CNN}",
                   run=tmp_path, data=tmp_path, PRESET="cityscapes")
