@@ -32,7 +32,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 import common
 from common import IGNORE
 
-ROOT = Path(os.environ.get("REPORT", "runs/report"))
+ROOT = Path(common.place("REPORT", "runs/report"))
 STYLES = ("day", "night", "snow", "fog", "rain")
 # scenes of the unseen styles straight from the renderer: a perfect generator
 RENDERED = Path(common.DATA) / "toy/rendered"
@@ -53,6 +53,10 @@ ROWS = {
     "rendered_sam":      (SELF,  (FROM_RENDERER,),                                      ""),
     "rendered_masks":    (SELF,  (FROM_RENDERER,),                              "true masks"),
     "rendered_truth":    (SELF,  (FROM_RENDERER,),                              "true labels"),
+    # how long and how fast 03 learns
+    "source_600":        (SOURCE, ("--ITERATIONS=600", "--LR=0.0015"),                  ""),
+    "source_only_600":   (SELF,  ("--N_GENERATED=0",),                                  ""),
+    "sam_600":           (SELF,  (PAINTED,),                                            ""),
     # Table 5: other encoders; other decoders
     "source_random":     (SOURCE, (f"--ENCODER=open_clip:local-dir:{ROOT}/random_clip",), ""),
     "trainable":         (SOURCE, ("--FREEZE_ENCODER=False",),                          ""),
@@ -74,6 +78,8 @@ ROWS = {
     "negative":          (SELF,  (PAINTED, "--UNLABELLED=negative"),                    ""),
     "ema_100":           (SELF,  (PAINTED, "--EMA_EVERY=100"),                          ""),
     "one_prompt":        (SELF,  (f"--GENERATED={ROOT}/02_one_prompt/index.jsonl",),    "")}
+# the rows of stage 04 that do not begin with "source"
+SOURCES = {"trainable_sam": "trainable", "source_only_600": "source_600", "sam_600": "source_600"}
 
 
 def write_json(path, value):
@@ -117,7 +123,7 @@ def draw_random_tower():
 
 
 def call(stage, *arguments):
-    subprocess.run([sys.executable, f"{stage}.py", *arguments], check=True)
+    subprocess.run([sys.executable, f"{common.HERE}/{stage}.py", *arguments], check=True)
 
 
 def prepare():
@@ -183,7 +189,7 @@ def with_oracle(oracle, selftrain):
     if oracle == "raw where SAM kept":
         selftrain.refine = raw_where_kept(selftrain.refine)
     if oracle in ("true labels", "true masks"):
-        selftrain.embed_pictures = lambda sam, files: files
+        selftrain.embed_pictures = lambda sam, files, size, half: files
         selftrain.PaintedPictures.embedding = true_label
     if oracle == "true labels":
         no_points = np.zeros((0, 1, 2), np.float32)
@@ -199,8 +205,7 @@ def folder_of(row, seed):
 
 def source_of(row, seed):
     """The network that a row of stage 04 begins with."""
-    source = "trainable" if "trainable" in row else "source"
-    return folder_of(source, seed) / "model.safetensors"
+    return folder_of(SOURCES.get(row, "source"), seed) / "model.safetensors"
 
 
 def load_network(path):
@@ -217,9 +222,8 @@ def score(out, split, styles):
     for style in styles:
         folder = f"{style}_validation" if split == "validation" else style
         target = f"folder:{common.DATA}/toy/{folder}"
-        pairs = common.pairs(target, "val")
-        kept = out / "scores" / f"{folder}.npy"
-        matrix = evaluate.score(*network, target, pairs, kept, folder)
+        scenes = evaluate.Scenes(target, common.pairs(target, "val"), 0, evaluate.PROTOCOL)
+        matrix = evaluate.score(network, scenes, out / "scores" / f"{folder}.npy", folder)
         miou, each = evaluate.mean_iou(matrix)
         found[style] = {"miou": round(miou, 3), "iou": each}
     return found
