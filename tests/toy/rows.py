@@ -30,6 +30,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 import common
+import ideas
 from common import IGNORE
 
 ROOT = Path(common.place("REPORT", "runs/report"))
@@ -77,9 +78,27 @@ ROWS = {
     # beyond the paper
     "negative":          (SELF,  (PAINTED, "--UNLABELLED=negative"),                    ""),
     "ema_100":           (SELF,  (PAINTED, "--EMA_EVERY=100"),                          ""),
-    "one_prompt":        (SELF,  (f"--GENERATED={ROOT}/02_one_prompt/index.jsonl",),    "")}
+    "one_prompt":        (SELF,  (f"--GENERATED={ROOT}/02_one_prompt/index.jsonl",),    ""),
+    # what the paper could try next, see ideas.py
+    "one_class":         (SELF,  (f"--GENERATED={ROOT}/02_one_class/index.jsonl",),     ""),
+    "four_classes":      (SELF,  (f"--GENERATED={ROOT}/02_four_classes/index.jsonl",),  ""),
+    "grid":              (SELF,  (PAINTED,),                                        "grid"),
+    "text_scores":       (SELF,  (PAINTED,),                          "CLIP's text scores"),
+    "source_wide":       (SOURCE, ("--DIM=128", "--HIDDEN=256"),                        ""),
+    "source_only_wide":  (SELF,  ("--N_GENERATED=0",),                                  ""),
+    "sam_wide":          (SELF,  (PAINTED,),                                            ""),
+    "mirror":            (SELF,  (PAINTED,),                                      "mirror"),
+    "surest_half":       (SELF,  (PAINTED,),                                "surest half"),
+    "surest_half_raw":   (SELF,  (PAINTED, "--REFINE=off"),                 "surest half"),
+    "sure_besides":      (SELF,  (PAINTED,),                           "sure besides SAM"),
+    "no_dice":           (SELF,  (PAINTED,),                                     "no dice"),
+    "by_iou":            (SELF,  (PAINTED,),                                      "by IoU"),
+    "like_its_piece":    (SELF,  (PAINTED,),                              "like its piece"),
+    "deep_points":       (SELF,  (PAINTED,),                                 "deep points"),
+    "ramp":              (SELF,  (PAINTED,),                                        "ramp")}
 # the rows of stage 04 that do not begin with "source"
-SOURCES = {"trainable_sam": "trainable", "source_only_600": "source_600", "sam_600": "source_600"}
+SOURCES = {"trainable_sam": "trainable", "source_only_600": "source_600", "sam_600": "source_600",
+           "source_only_wide": "source_wide", "sam_wide": "source_wide"}
 
 
 def write_json(path, value):
@@ -143,6 +162,15 @@ def prepare_ablations():
     call("02_generate", f"--PROMPTS={one_prompt}", f"--OUT={ROOT}/02_one_prompt")
 
 
+def prepare_ideas():
+    """Pictures of the same places and weathers with one class, and with four, in every prompt."""
+    prompts = Path(ROOT, "01_prompts/prompts.txt").read_text().splitlines()
+    for count, name in ((1, "one_class"), (4, "four_classes")):
+        file = f"{ROOT}/{name}.txt"
+        common.write_text(file, "\n".join(ideas.prompts_naming(count, prompts)) + "\n")
+        call("02_generate", f"--PROMPTS={file}", f"--OUT={ROOT}/02_{name}")
+
+
 # ------------------------------------------------------------------- oracles
 def decoder_with(oracle, Decoder):
     """The class of decoder that takes the place of ours, or ours."""
@@ -186,6 +214,8 @@ def with_oracle(oracle, selftrain):
     """Replace parts of the module of stage 04, or of that of stage 03, which it uses."""
     stage = selftrain.source_stage
     stage.Decoder = decoder_with(oracle, stage.Decoder)
+    if oracle in ideas.IDEAS:
+        ideas.IDEAS[oracle](selftrain)
     if oracle == "raw where SAM kept":
         selftrain.refine = raw_where_kept(selftrain.refine)
     if oracle in ("true labels", "true masks"):
@@ -229,6 +259,12 @@ def score(out, split, styles):
     return found
 
 
+def code():
+    """The last commit that changed a script: what has the same one, the same code has made."""
+    command = ["git", "log", "-1", "--format=%h", "--", "0*.py", "common.py"]
+    return subprocess.run(command, cwd=common.HERE, capture_output=True, text=True).stdout.strip()
+
+
 def train_and_score(row, seed, out="", split="test", *constants):
     """Train a row and score it; OUT/SPLIT.json holds its scores."""
     name, own, oracle = ROWS[row]
@@ -245,8 +281,8 @@ def train_and_score(row, seed, out="", split="test", *constants):
     if not kept.exists():
         styles = score(out, split, ("game", *STYLES) if name == SOURCE else STYLES)
         mean = round(float(np.mean([styles[style]["miou"] for style in STYLES])), 3)
-        write_json(kept, {"row": row, "seed": int(seed), "split": split, "mean": mean,
-                          "styles": styles})
+        write_json(kept, {"row": row, "seed": int(seed), "split": split, "code": code(),
+                          "mean": mean, "styles": styles})
     print(row, seed, split, json.loads(kept.read_text())["mean"], flush=True)
 
 
