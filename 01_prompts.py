@@ -3,31 +3,32 @@
 
     in    LLM                           a chat model of transformers: hub id or folder
     out   RUN/01_prompts/prompts.txt    N_PROMPTS lines "a photo of X in Z"; edit it freely
-          RUN/01_prompts/raw.jsonl      every answer: a stopped run goes on from it; synonyms.json
+          RUN/01_prompts/raw.jsonl      every answer: a stopped run resumes from it; synonyms.json
     time  toy: see README. Paper: minutes on one GPU, not measured
 
 The LLM is asked for synonyms of each class, then, each time with another seed, for 100 prompts
 about all classes, and every second time only about those that no prompt names yet. LLMs repeat
-themselves, loop, forget the class or are cut off, so a parser keeps distinct lines in which X
-names a class. It worked if every class is named: the last lines printed have the counts.
-"""
+themselves, loop, forget the class or are cut off, so a parser keeps distinct prompts in which X
+names a class. Check: every class is named; the last lines printed have the counts."""
 import json
 import re
+import sys
 from collections import Counter
 
+import common
 import torch
+from common import CLASSES, RUN, Stop, expect, expect_numbers, preset
 from tqdm import tqdm
 
-import common
-from common import CLASSES, RUN, Stop, preset
-
+# ---------------------------------------------------------------------------- constants
 # in and out; the paper's Llama-2 is gated, its 70B takes 140 GB: meta-llama/Llama-2-7b-chat-hf
 LLM = preset(toy=f"{common.MINIATURES}/llm", paper="Qwen/Qwen3-4B-Instruct-2507")   # Apache-2.0
 OUT = f"{RUN}/01_prompts"
 # request
 SOURCE_CLASSES = preset(toy=tuple(CLASSES), paper=tuple(CLASSES), synthia=tuple(    # it labels 16
     name for name in CLASSES if name not in ("terrain", "truck", "train")))
-SCENES, PLACE = "urban street scenes", "a street"   # for classes of your own: these and WORDS
+SCENES = "urban street scenes"              # for classes of your own: SCENES, PLACE and WORDS
+PLACE = "a street"
 # sampling
 N_PROMPTS = preset(toy=60, paper=100)       # paper 3.2
 TEMPERATURE = preset(toy=1.0, paper=0.7)    # lower repeats itself, higher forgets the template
@@ -47,14 +48,22 @@ WORDS = {
     "car": "automobile, taxi, vehicle", "train": "tram, locomotive, streetcar",
     "motorcycle": "motorbike, scooter", "bicycle": "bike, cyclist"}
 WORDS = {name: words.split(", ") for name, words in WORDS.items()}
-RULES = """
-min(len(LLM), len(OUT), N_PROMPTS, TRIES) >= 1
-0 < len(SOURCE_CLASSES) == len(set(SOURCE_CLASSES) & set(CLASSES))
-0 < TEMPERATURE <= 10 and 0 < TOP_P <= 1
-NEW_TOKENS >= 16 and 0 <= SEED < 2 ** 32
-"""
 
 
+def check():
+    """Refuse what would fail late, hang, or train nonsense in silence. Raises Stop."""
+    expect(isinstance(SOURCE_CLASSES, tuple) and set(SOURCE_CLASSES) <= set(CLASSES) and
+           len(SOURCE_CLASSES) == len(set(SOURCE_CLASSES)) > 0,
+           f"{SOURCE_CLASSES=}: expected some of {', '.join(CLASSES)}, each once")
+    expect_numbers(int, 1, 100_000, N_PROMPTS=N_PROMPTS, TRIES=TRIES)
+    expect_numbers(float, .01, 10, TEMPERATURE=TEMPERATURE)
+    expect_numbers(float, 1e-6, 1, TOP_P=TOP_P)
+    expect_numbers(int, 16, 100_000, NEW_TOKENS=NEW_TOKENS)
+    expect_numbers(int, 0, 10 ** 9, SEED=SEED)
+    expect(common.PROCESSES == 1, "one process is enough here: start it without torchrun")
+
+
+# ---------------------------------------------------------------------------- request (3.2)
 def prompt_request(classes):
     """The paper's request (3.2), where C is the given classes."""
     return (f"I want a list of prompts that can be used by an image generation model to generate "
@@ -68,6 +77,7 @@ def synonym_request(name):
     return f'List words that mean the same as "{name}" in a photo of {PLACE}, one a line.'
 
 
+# ---------------------------------------------------------------------------- answer
 def word_table(*tables):
     """{word: class} of names, then of tables {class: words}, with plurals; the first use counts."""
     found = {}
@@ -85,10 +95,25 @@ def classes_in(text, table):
     return {table[word] for word in re.findall(rf"(?<![a-z])(?:{words})(?![a-z])", text.lower())}
 
 
-def parse(line, table):
-    """A line of an answer -> ("a photo of x in z", classes in x), or (None, why it is dropped)."""
-    match = re.fullmatch(r"[\W\d]*an? photo of (.+?) in (.+?)\W*", line.replace("**", ""), re.I)
-    if not match or re.search(r"\b[XZ]\b", line):
+def parse(answer, table):
+    """-> what parse_prompt() makes of each line of an answer; of each "a photo of", if the line has
+    several, as "1. a photo of a car in rain 2. a photo of a bus in fog"."""
+    between = r"\b(?:(?:prompt )?#?\d{1,3} ?[.):-]|and|or)\W*"        # before the second one
+    found = []
+    for line in filter(str.strip, answer.splitlines()):
+        line = line.replace("**", "")
+        _, *texts = re.split(rf"(?:{between})?\ban? photo of\s", line, flags=re.IGNORECASE)
+        found += [parse_prompt(text, table) for text in texts or [""]]
+    return found
+
+
+def parse_prompt(text, table):
+    """What follows "a photo of" -> ("a photo of x in z", the classes in x), or (None, why it is
+    dropped)."""
+    remark = r"""[|<(\[{"“”`;\\]| [-–—] |(?<=[a-z]{3})[.!?:]\s"""   # begins with one of these
+    text = re.split(remark, text, maxsplit=1)[0]
+    match = len(text) < 400 and re.fullmatch(r"(.+?) in (.+?)[\W_]*", text)
+    if not match or re.search(r"\b[XZ]\b", text):
         return None, "not 'a photo of X in Z'"
     words = " ".join(match.groups()).lower().split()
     pairs = Counter(zip(words, words[1:]))
@@ -105,10 +130,9 @@ def parse_synonyms(answer):
 
 
 def collect(answer, table, kept, missing, dropped, fair=True):
-    """Add the usable lines to `kept`, {prompt: its classes}, up to N_PROMPTS, and count the others
-    in `dropped`. While `fair`, places are reserved for the classes in the list `missing`."""
-    for line in filter(str.strip, answer.splitlines()):
-        prompt, found = parse(line, table)
+    """Add the usable prompts to kept, {prompt: its classes}, up to N_PROMPTS, and count the rest
+    in dropped. While fair, places are reserved for the classes in the list missing."""
+    for prompt, found in parse(answer, table):
         if prompt is None:
             dropped[found] += 1
         elif prompt.lower() in map(str.lower, kept):
@@ -120,49 +144,53 @@ def collect(answer, table, kept, missing, dropped, fair=True):
             missing[:] = [name for name in missing if name not in found]
 
 
+# ---------------------------------------------------------------------------- model
 def load_llm(name):
     """-> function: request, seed -> {"answer", "cut": whether NEW_TOKENS ended it}. A model without
     a chat template gets the request as it is. Raises Stop."""
-    with common.explain(f"the LLM {name} could not be loaded", "Connect to the hub (if gated: hf "
-                        f"auth login), name another --LLM, or write {OUT}/prompts.txt by hand"):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    dtype = "auto" if torch.cuda.is_available() else torch.float32      # auto: that of its files
+    with common.explain(f"LLM={name} could not be loaded", "Connect to the hub (if gated: hf auth "
+                        "login), name another --LLM, or skip 01: 02_generate.py --PROMPTS=FILE"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     model.to(common.device())
     tokenizer.chat_template = tokenizer.chat_template or "{{bos_token}}{{messages[0].content}}"
 
     def llm(request, seed):
-        # a reasoning model shall answer at once; other templates ignore enable_thinking
-        text = tokenizer.apply_chat_template([{"role": "user", "content": request}], tokenize=False,
-                                             add_generation_prompt=True, enable_thinking=False)
-        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
+        chat = [{"role": "user", "content": request}]
         torch.manual_seed(seed)
-        out = model.generate(**inputs, do_sample=True, temperature=TEMPERATURE, top_p=TOP_P,
-                             max_new_tokens=NEW_TOKENS)[0, inputs["input_ids"].shape[1]:]
-        answer = tokenizer.decode(out, skip_special_tokens=True)
+        with common.explain(f"LLM={name} cannot answer", "Are its weights and chat template whole? "
+                            "If so, name another one: --LLM=... --OUT=..."):
+            # a model that thinks first is told not to; other templates ignore enable_thinking
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True,
+                                                 enable_thinking=False)
+            inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
+            out = model.generate(**inputs, do_sample=True, temperature=TEMPERATURE, top_p=TOP_P,
+                                 max_new_tokens=NEW_TOKENS)[0, inputs["input_ids"].shape[1]:]
+            answer = tokenizer.decode(out, skip_special_tokens=True)
         thinks = "<think>" if text.rstrip().endswith("<think>") else ""
         return {"answer": thinks + answer, "cut": len(out) >= NEW_TOKENS}
     return llm
 
 
 def recorded(llm, path):
-    """-> function: turn, request -> the whole lines of the answer, which raw.jsonl keeps too."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    common.write_text(path, text[:text.rfind("\n") + 1])        # a kill may have cut the last line
-    rows = common.read_lines(path, "request", "answer", "cut") if "\n" in text else []
+    """-> function: turn, request -> the whole lines of the answer, which raw.jsonl keeps too.
+    Raises Stop."""
+    rows = common.read_lines(path, "request", "answer", "cut") if path.exists() else []
 
     def ask(turn, request):
         if turn == len(rows):
             rows.append({"request": request, **llm(request, SEED + turn)})
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[turn]) + "\n")
-        if rows[turn]["request"] != request:
-            raise Stop(f"{path}, line {turn + 1}: another request than this run's. Remove the file "
-                       "to ask everything again, or name another --OUT")
-        # what a reasoning model thinks is no answer; it may be cut off while it thinks
-        answer = rows[turn]["answer"].rpartition("</think>")[2].partition("<think>")[0]
-        return answer.rpartition("\n")[0] if rows[turn]["cut"] else answer
+            common.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        row = rows[turn]
+        expect(row["request"] == request, f"{path}, line {turn + 1}: another request than this "
+               "run's. Remove the file to ask everything again, or name another --OUT")
+        # what a model thinks is no answer; it may be cut off while it thinks
+        answer = row["answer"].rpartition("</think>")[2].partition("<think>")[0]
+        return answer.rpartition("\n")[0] if row["cut"] else answer
     return ask
 
 
@@ -182,12 +210,13 @@ def main():
         request = prompt_request(missing if number % 2 and missing else SOURCE_CLASSES)
         answer = ask(len(SOURCE_CLASSES) + number, request)
         collect(answer, table, kept, missing, dropped, fair=number < TRIES // 2)
-        tqdm.write(f"answer {number + 1}: {len(kept)} prompts; not named: {missing or 'none'}")
+        tqdm.write(f"answer {number + 1}/{TRIES} | {len(kept)}/{N_PROMPTS} prompts | "
+                   f"not named: {', '.join(missing) or 'none'}")
         if len(kept) == N_PROMPTS:
             break
     print("dropped: " + (", ".join(f"{n} {why}" for why, n in dropped.most_common()) or "none"))
     if len(kept) < N_PROMPTS:
-        raise Stop(f"{TRIES} answers: {len(kept)} of {N_PROMPTS} prompts; not named: {missing}\n"
+        raise Stop(f"{TRIES} answers gave {len(kept)} of {N_PROMPTS} prompts\n"
                    f"  More answers: --TRIES={2 * TRIES}. A better LLM: --LLM=... --OUT=...")
     named = Counter(name for classes in kept.values() for name in classes)
     print("named: " + ", ".join(f"{name} {named[name]}" for name in CLASSES))

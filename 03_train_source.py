@@ -658,31 +658,28 @@ def load_model(path):
 
 
 class Progress:
-    """Where a training stage stands: its step, the lines of log.jsonl, and checkpoint.pt, from
-    which it resumes. parts: {name: module or optimiser}, what a checkpoint holds. Raises Stop if
-    that is damaged or of another run."""
+    """Where a training stage stands: its step, log.jsonl, and checkpoint.pt, from which it resumes.
+    parts: {name: module or optimiser}, what a checkpoint holds. Raises Stop."""
 
     def __init__(self, run, parts, total):
         self.run, self.parts, self.total = run, parts, total
         self.first, self.lines, self.sums = 0, [], Counter()
         self.checkpoint = run.out / "checkpoint.pt"
         if self.checkpoint.exists():
-            self.resume()
+            self.resume(f"remove {self.checkpoint} to begin again")
 
-    def resume(self):
-        remedy = f"remove {self.checkpoint} to begin again"
+    def resume(self, remedy):
         with common.explain(f"{self.checkpoint} is damaged", remedy):
-            damaged = zipfile.ZipFile(self.checkpoint).testzip()    # torch.load checks no sums
+            damaged = zipfile.ZipFile(self.checkpoint).testzip()        # torch.load checks no sums
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        expect(not damaged and 0 < state["step"] < self.total, f"{self.checkpoint} is damaged: "
-                                                               f"{remedy}")
+        expect(not damaged, f"{self.checkpoint} is damaged: {remedy}")
         self.run.compare(state["constants"])
         self.first, self.lines = state["step"], state["lines"]
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-            values = part.parameters() if isinstance(part, nn.Module) else ()
-            expect(all(value.isfinite().all() for value in values),
-                   f"{self.checkpoint} holds what is not a number: {remedy}")
+            numbers = part.parameters() if isinstance(part, nn.Module) else ()
+            finite = all(value.isfinite().all() for value in numbers)
+            expect(finite, f"{self.checkpoint} holds what is not a number: {remedy}")
         print(f"resuming at step {self.first}")
 
     def steps(self, loader):
@@ -704,62 +701,53 @@ class Progress:
             self.log(done)
 
     def log(self, done):
-        """Write the means since the last line, over all processes. Raises Stop if one is not a
-        number."""
+        """A line of the means since the last one, over all processes. Raises Stop if one of them
+        is not a number."""
         self.sums["seconds"] = time.time() - self.since
         sums = [torch.as_tensor(value, device=common.device()) for value in self.sums.values()]
         means = common.sum_of_processes(torch.stack([value.double() for value in sums]))
         means = (means / common.PROCESSES / (done - self.logged)).tolist()      # waits for the GPU
-        line = {"step": done}
-        line |= {name: round(mean, 5) for name, mean in zip(self.sums, means)}
         if not np.isfinite(means).all():
             raise Stop(f"not a number before step {done}. {self.checkpoint}, if there is one, is "
                        "from before. Try a smaller LR, or HALF=False")
-        if line.get("loss") == 0:
-            raise Stop("the loss is 0: no pixel has a label. tests/check_data.py shows a data set")
+        line = {"step": done, **{name: round(mean, 5) for name, mean in zip(self.sums, means)}}
         self.lines.append(line)
         if common.RANK == 0:
             text = "".join(json.dumps(one) + "\n" for one in self.lines)
             common.write_text(self.run.out / "log.jsonl", text)
-        terms = ", ".join(f"{name} {line[name]:.2f}" for name in ("class", "mask", "dice"))
-        signs = [f"{name} {line[name]:.2f}" for name in ("labelled", "changed") if name in line]
-        vital = " | ".join([f"loss {line['loss']:.2f} ({terms})", *signs])
-        self.bar.set_postfix_str(vital, refresh=False)
-        tqdm.write(f"step {done}/{self.total} | {vital} | {line['seconds']:.2f} s")
+        signs = "loss {loss:.2f} (class {class:.2f}, mask {mask:.2f}, dice {dice:.2f})"
+        if "labelled" in line:
+            signs += " | labelled {labelled:.2f}, changed {changed:.2f}"
+        self.bar.set_postfix_str(signs.format(**line), refresh=False)
+        tqdm.write(f"step {done}/{self.total} | {signs.format(**line)} | {line['seconds']:.2f} s")
         self.sums.clear()
         self.logged, self.since = done, time.time()
 
     def save(self, done):
-        """Write checkpoint.pt."""
+        """Write checkpoint.pt; what is not a number is not saved."""
         if self.sums:
-            self.log(done)              # what is not a number is not saved
+            self.log(done)
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"step": done, "lines": self.lines, "constants": self.run.constants}
-        if common.RANK:
-            return
-        with common.whole(self.checkpoint) as part:
-            with common.explain(f"{self.checkpoint} cannot be written", common.AGAIN):
-                torch.save(state, part)
-
-    def finish(self, encoder, decoder):
-        """Draw the losses, save the network, and forget the checkpoint."""
-        if common.RANK:
-            return
-        draw_losses(self.run.out / "loss.png", self.lines)
-        self.run.finish()
-        save_model(self.run.result, encoder, decoder, self.run)     # last: it means finished
-        self.checkpoint.unlink(missing_ok=True)
+        if common.RANK == 0:
+            with common.whole(self.checkpoint) as part:
+                with common.explain(f"{self.checkpoint} cannot be written", common.AGAIN):
+                    torch.save(state, part)
 
 
-def draw_losses(path, lines):
+def finish(run, progress, encoder, decoder):
+    """Draw the losses, save the network, and forget the checkpoint."""
     axes = Figure((8, 4), layout="constrained").subplots()
-    steps = [line["step"] for line in lines]
+    steps = [line["step"] for line in progress.lines]
     for name in ("loss", "class", "mask", "dice"):
-        axes.semilogy(steps, [line[name] for line in lines], label=name)
+        axes.semilogy(steps, [line[name] for line in progress.lines], label=name)
     axes.set_xlabel("step")
     axes.legend()
-    with common.whole(path) as part:
+    with common.whole(run.out / "loss.png") as part:
         axes.figure.savefig(part, format="png")
+    run.finish()
+    save_model(run.result, encoder, decoder, run)           # last: it means finished
+    progress.checkpoint.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- the source stage
@@ -820,7 +808,8 @@ def main():
             preview(run.out / f"preview_{done:06d}.png", encoder, decoder, shown, half)
         if done % SAVE_EVERY == 0 and done < ITERATIONS:
             progress.save(done)
-    progress.finish(encoder, decoder)
+    if common.RANK == 0:
+        finish(run, progress, encoder, decoder)
 
 
 if __name__ == "__main__":

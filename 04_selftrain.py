@@ -84,8 +84,15 @@ SAVE_EVERY = preset(toy=100, paper=1_000)
 PREVIEW_EVERY = preset(toy=200, paper=2_000)
 
 
+# as in the run of INIT, and no constants of this file
+of_init = ("CROP", "SCALE", "LOSS_WEIGHTS", "NO_OBJECT", "POINTS", "ENCODER_LR", "SCHEDULE",
+           "WEIGHT_DECAY", "GRAD_CLIP")
+
+
 def check():
     """Refuse what would fail late, hang, or train nonsense in silence. Raises Stop."""
+    for name in common.constants(globals()):
+        expect(name not in of_init, f"{name} is as in the run of INIT: set it in 03 and train that")
     source_stage.check_source(SOURCE)
     expect(REFINE in ("points", "off", "vote"), f"{REFINE=}: expected points, off or vote")
     expect(UNLABELLED in ("ignore", "negative"), f"{UNLABELLED=}: expected ignore or negative")
@@ -106,16 +113,14 @@ def check():
 def inherited(about):
     """What holds here as in the run of INIT -> its constants as attributes: init.CROP ... Says
     where the file of 03 reads otherwise by now. Raises Stop."""
-    names = ("CROP", "SCALE", "LOSS_WEIGHTS", "NO_OBJECT", "POINTS", "ENCODER_LR", "SCHEDULE",
-             "WEIGHT_DECAY", "GRAD_CLIP")
     init = SimpleNamespace()
-    for name in names:
+    for name in of_init:
         expect(name in about["constants"], f"{INIT} records no {name}: train it again")
         value = about["constants"][name]
         setattr(init, name, tuple(value) if isinstance(value, list) else value)
-        in_file = getattr(source_stage, name)
-        if in_file != getattr(init, name):
-            print(f"{name}={getattr(init, name)} as in the run of INIT; the file of 03 has {in_file}")
+        other = getattr(source_stage, name)
+        if other != getattr(init, name):
+            print(f"{name}={getattr(init, name)} as in the run of INIT; the file of 03 has {other}")
     return init
 
 
@@ -317,9 +322,9 @@ def fit(path, size):
 
 
 class PaintedPictures(Dataset):
-    """An endless stream of painted pictures; item i depends on i and the key alone: the clean picture
-    uint8 (3, H, W), the student's view of it, jittered and perhaps flipped, whether it is flipped,
-    SAM's embedding, and i. embeddings: paths, or () without SAM."""
+    """An endless stream of painted pictures; item i depends on i and the key alone: the clean
+    picture uint8 (3, H, W), the student's view of it, jittered and perhaps flipped, whether it is
+    flipped, SAM's embedding, and i. embeddings: paths, or () without SAM."""
 
     def __init__(self, files, embeddings, key, size):
         self.files, self.embeddings, self.key, self.size = files, embeddings, key, size
@@ -378,8 +383,8 @@ def preview(path, pictures, teacher, student, sam, half):
 
 # ---------------------------------------------------------------------------- the joint loop
 def need_earlier_stages():
-    wanted = {source_stage.model_file(INIT): "03_train_source.py writes it when it is finished: run "
-              "that first, or name a network: --INIT=PATH"}
+    wanted = {source_stage.model_file(INIT): "03_train_source.py writes it when it is finished: "
+              "run that first, or name a network: --INIT=PATH"}
     if N_GENERATED and not GENERATED.startswith("folder:"):
         wanted[GENERATED] = ("02_generate.py writes it when it is finished: run that first. A "
                              "folder of your own: folder:PATH. None: --N_GENERATED=0")
@@ -469,7 +474,7 @@ def main():
             progress.save(done)
     if common.RANK == 0:
         source_stage.save_model(run.out / "teacher.safetensors", teacher_encoder, teacher, run)
-    progress.finish(encoder, student)
+        source_stage.finish(run, progress, encoder, student)
 
 
 if __name__ == "__main__":

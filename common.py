@@ -47,8 +47,9 @@ MINIATURES = f"{HERE.as_posix()}/tests/toy/weights"                 # the toy pr
 FREE = ("OUT", "WORKERS", "LOG_EVERY", "SAVE_EVERY", "PREVIEW_EVERY")
 PRESETS = ("toy", "gta", "synthia", "cityscapes")
 PRESET = os.environ.get("PRESET") or "toy"
-PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)        # more than one only under torchrun
-RANK = int(os.environ.get("RANK", 0)) if PROCESSES > 1 else 0
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ            # other launchers leave stray variables
+PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 AGAIN = ("Put this right (is the disk full?) and run the same command again: finished files are "
          "intact, partial ones were removed")
 if PRESET not in PRESETS:
@@ -60,15 +61,12 @@ def preset(toy, paper=None, **named):
     return toy if PRESET == "toy" else named.get(PRESET, paper)
 
 
-def place(variable, default):
-    """The folder that a variable of the environment names, or one in the repo; absolute."""
-    given = os.environ.get(variable)
-    return Path(os.path.abspath(os.path.expanduser(given)) if given else HERE / default).as_posix()
+def absolute(folder):
+    return Path(os.path.abspath(os.path.expanduser(folder))).as_posix()
 
 
-RUN = place("RUN", f"runs/{PRESET}")
-DATA = place("DATA", "data")
-PLACES = {"$RUN": RUN, "$DATA": DATA, "$REPO": HERE.as_posix()}
+RUN = absolute(os.environ.get("RUN") or HERE / "runs" / PRESET)
+DATA = absolute(os.environ.get("DATA") or HERE / "data")
 
 
 def portable(value):
@@ -76,14 +74,14 @@ def portable(value):
     if isinstance(value, tuple):
         return [portable(item) for item in value]
     if isinstance(value, str):
-        for name, folder in PLACES.items():
+        for name, folder in ("$RUN", RUN), ("$DATA", DATA), ("$REPO", HERE.as_posix()):
             value = value.replace(f"{folder}/", f"{name}/")
     return value
 
 
 def located(text):
     """The inverse of portable(), for a text."""
-    for name, folder in PLACES.items():
+    for name, folder in ("$RUN", RUN), ("$DATA", DATA), ("$REPO", HERE.as_posix()):
         text = text.replace(f"{name}/", f"{folder}/")
     return text
 
@@ -105,9 +103,9 @@ def expect_numbers(kind, low, high, count=None, **named):
         numbers = value if count else (value,)
         right = isinstance(numbers, tuple) and len(numbers) == (count or 1)
         right = right and all(type(n) in (int, kind) and low <= n <= high for n in numbers)
-        what = "whole numbers" if kind is int else "numbers"
-        expect(right, f"{name}={value!r}: expected {count or 'one of the'} {what} from {low:,} to "
-                      f"{high:,}")
+        what = "whole number" if kind is int else "number"
+        what = f"a tuple of {count} {what}s" if count else f"a {what}"
+        expect(right, f"{name}={value!r}: expected {what} from {low:,} to {high:,}")
 
 
 def constants(stage):
@@ -165,7 +163,7 @@ def override(stage, arguments):
 def one_line(problem):
     """What a user can do about an error -> a text, or None: it is a mistake in the code."""
     words = str(problem)
-    if isinstance(problem, Stop):       # a DataLoader's worker puts its traceback before the message
+    if isinstance(problem, Stop):       # a DataLoader's worker puts its traceback before it
         return words.rpartition("common.Stop: ")[2].strip()
     if isinstance(problem, KeyboardInterrupt):
         return "stopped. The same command resumes from what was saved"
@@ -213,6 +211,8 @@ def launch(stage):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # or Python's end complains too
         sys.exit(f"{script}: {line}")
     finally:
+        while locks:                                                # a notebook's process lives on
+            locks.pop().release()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
@@ -291,7 +291,7 @@ def whole(path):
         yield part
         os.replace(part, path)
     except OSError as error:
-        raise Stop(f"{path} cannot be written ({error.strerror or error}). {AGAIN}") from error
+        raise Stop(f"{path} cannot be written ({error}). {AGAIN}") from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -309,7 +309,8 @@ def explain(what, remedy):
     try:
         yield
     except Exception as error:
-        file = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        frames = traceback.extract_tb(error.__traceback__)
+        file = Path([frame.filename for frame in frames if frame.name != "__getattr__"][-1])
         mistake = isinstance(error, (NameError, AttributeError, TypeError, ImportError))
         memory = isinstance(error, torch.OutOfMemoryError) or memory_is_full(error)
         if isinstance(error, Stop) or memory or mistake and file.parent == HERE:
@@ -342,6 +343,9 @@ def files_digest(files):
     """Number, names and sizes of files as a text: what a run was made of."""
     rows = [f"{Path(file).name} {os.path.getsize(file)}" for file in files]
     return f"{len(rows)} files, {digest(rows)}"
+
+
+locks = []      # of the run folders that this process works in
 
 
 class Run:
@@ -389,10 +393,10 @@ class Run:
     def start(self, lock=".lock", **facts):
         """Make and lock the folder, and write run.json. Raises Stop if another job is in it."""
         self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.out / lock)
         if RANK == 0:
             try:
-                self.lock.acquire(timeout=10)       # a killed job's workers hold it for 5 seconds
+                locks.append(FileLock(self.out / lock))
+                locks[-1].acquire(timeout=10)       # a killed job's workers hold it for 5 seconds
             except Timeout:
                 raise Stop(f"{self.out} is in use by another job: wait for it") from None
         if self.result.exists() and not self.finished_before:
@@ -543,12 +547,12 @@ def pairs(name, split):
     root = Path(name[7:] if name.startswith("folder:") else DATA).expanduser()
     if name not in LAYOUTS and not name.startswith("folder:"):
         raise Stop(f"{name} is not a data set: there are {', '.join(LAYOUTS)}, folder:PATH")
-    while root.parent == Path(DATA, "toy") and not root.exists():
-        if RANK:
-            time.sleep(1)                               # the first process draws
-            continue
+    toy = root.parent == Path(DATA, "toy")
+    if toy and RANK == 0 and not root.exists():
         print(f"drawing the miniature world into {root.parent} (about a minute, once)")
         subprocess.run([sys.executable, HERE / "tests/toy/world.py", root.parent], check=True)
+    while toy and RANK and not root.exists():           # the first process draws
+        time.sleep(1)
     _, pattern, changes, official = LAYOUTS.get(name, FOLDER)
     places, ending = pattern.format(split=split).split("**")
     found, images = {}, []
@@ -575,9 +579,9 @@ def pairs(name, split):
 def judge(name, labels):
     """Raise Stop if some dozens of a set's labels, seen together, cannot be those of data set
     `name`: ids blended by resizing, ids of another system, no pixel with a label."""
-    seen, edges, thin, between = np.zeros(256, bool), 0, 0, 0
+    seen, train_ids, edges, thin, between = np.zeros(256, bool), numbering(name)[0], 0, 0, 0
     for path in labels[::max(1, len(labels) // 24)]:
-        ids = read_ids(path, name)[0]
+        ids = read_label(path, name, raw=True)
         seen[ids] = True
         left, middle, right = ids[::4, :-2], ids[::4, 1:-1], ids[::4, 2:]
         inside = (np.minimum(left, right) < middle) & (middle < np.maximum(left, right))
@@ -591,7 +595,7 @@ def judge(name, labels):
                    f"other classes.\n  {OTHERS}")
     if LAYOUTS.get(name, FOLDER)[0] and not seen[19:IGNORE].any():
         raise Stop(f"{name}: no label has an id above 18: they look like train ids.\n  {OTHERS}")
-    classes = np.setdiff1d(id_table(name)[:256][seen], IGNORE)
+    classes = np.setdiff1d(train_ids[seen], IGNORE)
     if not len(classes):
         raise Stop(f"{name}: no pixel has a label. tests/check_data.py shows a data set")
     if len(classes) == 1:
@@ -599,8 +603,8 @@ def judge(name, labels):
 
 
 def load(path, kind):
-    """A picture file -> PIL image as stored, and its bits per channel if it is a PNG, else 8.
-    Raises Stop."""
+    """A picture file -> PIL image as stored; uint8 or deeper (H, W) or (H, W, n), the file's own
+    numbers, where PIL changes them (few bits per pixel, 16 of RGB), else None. Raises Stop."""
     if not Path(path).is_file():                        # a pipe would be waited for
         raise Stop(f"{path} cannot be read as a {kind}: it is no file")
     with explain(f"{path} cannot be read as a {kind}",
@@ -608,30 +612,22 @@ def load(path, kind):
         image = Image.open(path)
         image.load()
     with open(path, "rb") as file:
-        head = file.read(25)
-    return image, head[24] if image.format == "PNG" else 8
-
-
-def exact_pixels(path, image, bits):
-    """The numbers in a picture's file, (H, W) or (H, W, n); PIL makes 8 bits of less and of RGB's
-    16, of which it reads the high bytes."""
-    pixels = np.asarray(image)
+        bits = file.read(25)[24] if image.format == "PNG" else 8        # per channel
     if bits < 8 and image.mode == "L":
-        return pixels // (255 // (2 ** bits - 1))
-    if bits < 16 or image.mode not in ("RGB", "RGBA"):
-        return pixels
-    low = Image.open(path)
-    low.tile = [(*tile[:3], f"{image.mode};16L") for tile in low.tile]
-    return 256 * pixels.astype(np.uint16) + np.asarray(low)
+        return image, np.asarray(image) // (255 // (2 ** bits - 1))
+    if bits == 16 and image.mode in ("RGB", "RGBA"):    # PIL reads the high bytes
+        low = Image.open(path)
+        low.tile = [(*tile[:3], f"{image.mode};16L") for tile in low.tile]
+        return image, 256 * np.asarray(image).astype(np.uint16) + np.asarray(low)
+    return image, np.asarray(image) if image.mode.startswith(("I", "F")) else None
 
 
 def read_image(path, upright=True):
     """-> PIL image, RGB, without transparency; upright: turned as its EXIF says. White is the
     least of 1 (floats), 255, 4095, 65535 that no pixel exceeds. Raises Stop."""
-    image, bits = load(path, "picture")
+    image, pixels = load(path, "picture")
     info = image.info
-    if bits == 16 or image.mode.startswith(("I", "F")):
-        pixels = exact_pixels(path, image, bits)
+    if pixels is not None and image.mode != "L":
         tops = (1, 255, 65535) if image.mode == "F" else (255, 4095, 65535)
         top = next((top for top in tops if pixels.max() <= top), None)
         if top is None or not pixels.min() >= 0:
@@ -641,86 +637,78 @@ def read_image(path, upright=True):
     if image.mode != "RGB":
         image = image.convert("RGBA" if "transparency" in info else image.mode).convert("RGB")
         if not any(most for _, most in image.getextrema()):
-            print(f"warning: {path} is black")
+            say_once("warning", "pictures that are black", path)
     image.info = info
     return ImageOps.exif_transpose(image) if upright else image
 
 
-def id_table(name):
-    """uint8 (257,): the train ids of a data set's ids; 254 where its labels never hold an id"""
+def numbering(name):
+    """What a data set's ids and colours mean -> uint8 (256,), train ids, 254 where its labels
+    never hold the id; {colour: id}."""
     column = LAYOUTS.get(name, FOLDER)[0]
-    table = np.full(257, 254, np.uint8)
-    table[[*range(LAST_ID.get(name, LAST_ID[column]) + 1), IGNORE]] = IGNORE
+    train_ids, id_of = np.full(256, 254, np.uint8), dict.fromkeys(VOID, IGNORE)
+    train_ids[[*range(LAST_ID.get(name, LAST_ID[column]) + 1), IGNORE]] = IGNORE
     for train_id, row in enumerate(TABLE.values()):
-        table[list(row[column] if column else [train_id])] = train_id
-    return table
+        if column >= len(row):
+            raise Stop(f"{name}: the classes in TABLE (common.py) have no ids in column {column}")
+        ids = row[column] if column else (train_id,)
+        train_ids[list(ids)], id_of[row[0]] = train_id, ids[0]
+    return train_ids, id_of
 
 
-def read_colours(path, name, image, pixels):
-    """The ids uint8 (H, W) of a label in colour: pixels are uint8 (H, W), numbers of a palette,
-    or (H, W, 3). Grey is its value, a class's colour is the class, else the number. Raises Stop."""
-    column, table = LAYOUTS.get(name, FOLDER)[0], id_table(name)
-    known = dict.fromkeys(VOID, IGNORE)
-    for train_id, row in enumerate(TABLE.values()):
-        known[row[0]] = row[column][0] if column else train_id
+def ids_of_colours(path, name, image):
+    """The ids uint8 (H, W) of a label with a palette or in RGB: grey means its value, a class's
+    colour the class; otherwise a palette's numbers are ids. Raises Stop."""
+    pixels, (train_ids, id_of) = np.asarray(image), numbering(name)
     numbers = colours = [value for _, value in image.getcolors(256) or []]
-    if pixels.ndim == 2:
+    if image.mode == "P":
         palette = np.reshape((image.getpalette() + 768 * [0])[:768], (256, 3)).tolist()
         colours = [tuple(palette[number]) for number in numbers]
-        classes = [(table[number], table[known[colour]]) for number, colour in
-                   zip(numbers, colours) if colour in known and table[number] < 254]
-        if classes and all(one == other for one, other in classes):
-            return pixels           # as in GTA5's, where plates have the colour of cars
+        same = [train_ids[number] == train_ids[id_of[colour]] for number, colour
+                in zip(numbers, colours) if colour in id_of and train_ids[number] < 254]
+        if same and all(same):          # as in GTA5's, where plates have the colour of cars
+            return pixels
     else:
         pixels = pixels @ np.array((65536, 256, 1), np.int32)
         numbers = [65536 * red + 256 * green + blue for red, green, blue in colours]
-    ids = [red for red, green, blue in colours if red == green == blue and table[red] != 254]
+    ids = [red for red, green, blue in colours if red == green == blue and train_ids[red] != 254]
     if len(ids) < len(colours):
-        ids = [known[colour] for colour in colours if colour in known]
+        ids = [id_of[colour] for colour in colours if colour in id_of]
     if ids and len(ids) == len(colours):
         of_number = np.zeros(max(numbers) + 1, np.uint8)
         of_number[numbers] = ids
         return of_number[pixels]
-    if image.mode == "RGB" or 2 * len(ids) > len(colours):
-        strange = [colour for colour in colours if colour not in known][:3]
-        raise Stop(f"{path} cannot be read as a label: colours of no class (TABLE in common.py): "
-                   f"{strange or 'more than 256'}. Take labels that hold ids")
-    say_once(name, "labels with a palette, whose numbers are taken as ids", path)
-    return pixels
+    if image.mode == "P" and 2 * sum(i != IGNORE for i in ids) <= len(colours):
+        say_once(name, "labels with a palette, whose numbers are taken as ids", path)
+        return pixels
+    strange = [colour for colour in colours if colour not in id_of][:3] or "more than 256"
+    raise Stop(f"{path} cannot be read as a label: it has colours of no class (TABLE in "
+               f"common.py): {strange}. Take labels that hold ids")
 
 
-def read_ids(path, name):
-    """A label of data set `name` -> its ids, and its train ids, both uint8 (H, W). Raises Stop."""
-    image, bits = load(path, "label")
-    pixels = exact_pixels(path, image, bits)
-    what = f"{path} cannot be read as a label"
-    if image.format not in ("PNG", "TIFF", "BMP") or pixels.dtype.kind not in "iub":
-        raise Stop(f"{what}: expected integer ids in a PNG, not {image.format} of {pixels.dtype}")
-    if image.mode == "P":
-        pixels = read_colours(path, name, image, pixels)
-    elif image.mode in ("RGB", "RGBA") and pixels.dtype == np.uint8:
-        pixels = read_colours(path, name, image.convert("RGB"), pixels[..., :3])
-    elif pixels.ndim == 3:          # SYNTHIA's: class, object, 0; or grey with transparency
+def read_label(path, name, *sizes, raw=False):
+    """-> uint8 (H, W): the train ids of a label of data set `name`, raw: its own ids. sizes: what
+    (width, height) may be. Raises Stop."""
+    image, pixels = load(path, "label")
+    what = f"{path} cannot be read as a label: expected"
+    if image.format not in ("PNG", "TIFF", "BMP") or image.mode in ("F", "CMYK"):
+        raise Stop(f"{what} integer ids in a PNG, not {image.format} of mode {image.mode}")
+    if sizes and image.size not in sizes:
+        raise Stop(f"{what} the size of its image, {sizes[0]}, not {image.size}")
+    if pixels is None and image.mode in ("P", "RGB", "RGBA"):
+        pixels = ids_of_colours(path, name, image.convert("RGB") if image.mode == "RGBA" else image)
+    pixels = np.asarray(image) if pixels is None else pixels
+    if pixels.ndim == 3:            # SYNTHIA's: class, object, 0; or grey with transparency
         pixels = pixels[..., 0]
-    ids = pixels if pixels.dtype == np.uint8 else np.clip(pixels.astype(int), -1, 256)
-    table = id_table(name)
-    label = table[ids]
-    if (label == 254).any():
-        known = np.flatnonzero(table[:255] != 254)
-        raise Stop(f"{what}: expected ids 0 to {known[-1]} (PRESET={PRESET}), or {IGNORE}, not ids "
-                   f"{np.unique(pixels[label == 254])[:9]}.\n  {OTHERS}")
-    return ids.astype(np.uint8, copy=False), label
-
-
-def read_label(path, name, *sizes):
-    """-> uint8 (H, W): the train ids of a label of data set `name`, whose (width, height) is one
-    of sizes. Raises Stop."""
-    label = read_ids(path, name)[1]
-    height, width = label.shape
-    if (width, height) not in sizes:
-        raise Stop(f"{path} cannot be read as a label: it is {width} x {height}, but its image is "
-                   f"{sizes[0][0]} x {sizes[0][1]}")
-    return label
+    train_ids, _ = numbering(name)
+    ids = pixels.astype(np.uint8)
+    label = train_ids.take(ids)
+    strange = np.unique(pixels[(label == 254) | (ids != pixels)])[:9]
+    if len(strange):
+        last = np.flatnonzero(train_ids[:255] != 254)[-1]
+        raise Stop(f"{what} ids 0 to {last} (PRESET={PRESET}), or {IGNORE}, not ids {strange}.\n"
+                   f"  {OTHERS}")
+    return ids if raw else label
 
 
 def read_pair(image_path, label_path, name):

@@ -1,6 +1,10 @@
 """What the tests share. Every test runs on a bare CPU: no GPU, no hub, no data set but small ones
-drawn here. One thread, so that runs repeat bit for bit."""
+drawn here. One thread (THREADS=2: two), so that runs repeat bit for bit.
+
+    python -m pytest tests -q -n 2      what is not marked slow, in two processes
+    python -m pytest tests -q -m slow   the rest, alone: what takes long, or measures time"""
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PRESET="toy")
+THREADS = os.environ.get("THREADS", "1")
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS=THREADS, PRESET="toy")
 for name in ("RUN", "DATA"):
     os.environ.pop(name, None)
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/toy")]
@@ -19,11 +24,12 @@ import numpy as np
 import pytest
 import torch
 import world
+from filelock import FileLock
 from PIL import Image
 
 import common
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(THREADS))
 
 SMALL = {
     "01_prompts": ["--N_PROMPTS=14"],
@@ -33,6 +39,13 @@ SMALL = {
     "04_selftrain": ["--ITERATIONS=6", "--N_SOURCE=1", "--N_GENERATED=2", "--SAVE_EVERY=2",
                      "--LOG_EVERY=1", "--PREVIEW_EVERY=3"],         # POINTS are those of 03
     "05_eval": []}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs with -m slow, not without")
+    config.option.markexpr = config.option.markexpr or "not slow"
+    if config.getoption("dist", "no") == "load":        # -n: the tests of a file share their runs
+        config.option.dist = "loadfile"
 
 
 def environment(run, data, **more):
@@ -55,38 +68,53 @@ def fresh(name):
     return module
 
 
+def once(factory, name, make):
+    """A folder for all tests, filled by make(folder) in the first of pytest's processes that needs
+    it -> the folder, what make() returned (JSON)"""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, made = root / name, root / f"{name}.json"
+    with FileLock(f"{folder}.lock"):
+        if not made.exists():
+            made.write_text(json.dumps(make(folder)))
+    return folder, json.loads(made.read_text())
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A few pictures of the miniature world under the names of the toy preset."""
-    root = tmp_path_factory.mktemp("data")
-    world.write_folder(root / "toy/game_train", "train", "game", 6)
-    for style in ("day", "night", "snow", "fog", "rain"):
-        world.write_folder(root / "toy" / style, "test", style, 2)
-    return root
+    def draw(root):
+        world.write_folder(root / "toy/game_train", "train", "game", 6)
+        for style in ("day", "night", "snow", "fog", "rain"):
+            world.write_folder(root / "toy" / style, "test", style, 2)
+    return once(tmp_path_factory, "data", draw)[0]
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, data):
     """All five scripts, run once in order with few steps -> (run folder, {stage: its output})."""
-    run, output = tmp_path_factory.mktemp("run"), {}
+    def run_all(run):
+        output = {}
 
-    def chain(*names):
-        for name in names:
-            done = script(name, *SMALL[name], run=run, data=data)
-            assert done.returncode == 0, done.stderr
-            output[name] = done.stdout
+        def chain(*names):
+            for name in names:
+                done = script(name, *SMALL[name], run=run, data=data)
+                assert done.returncode == 0, done.stderr
+                output[name] = done.stdout
 
-    with ThreadPoolExecutor() as pool:
-        painting = pool.submit(chain, "01_prompts", "02_generate")
-        pool.submit(chain, "03_train_source").result()
-        painting.result()
-    chain("04_selftrain", "05_eval")
-    return run, output
+        with ThreadPoolExecutor() as pool:
+            painting = pool.submit(chain, "01_prompts", "02_generate")
+            pool.submit(chain, "03_train_source").result()
+            painting.result()
+        chain("04_selftrain", "05_eval")
+        return output
+    return once(tmp_path_factory, "run", run_all)
 
 
-def here(name, *arguments, run, data):
+def here(name, *arguments, run, data, change=None):
     """The stage in this process, which is faster -> how it ended: None, 0 after --help, or the
-    message with which it stopped."""
+    message with which it stopped. change(module) may replace functions of it before."""
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "RUN", str(run))
@@ -94,7 +122,10 @@ def here(name, *arguments, run, data):
         patch.setattr(sys, "argv", [f"{name}.py", *arguments])
         patch.delitem(sys.modules, "03_train_source", raising=False)        # it too reads RUN, DATA
         try:
-            common.launch(vars(fresh(name)))
+            stage = fresh(name)
+            if change:
+                change(stage)
+            common.launch(vars(stage))
         except SystemExit as stopped:
             return stopped.code
         finally:
@@ -104,8 +135,8 @@ def here(name, *arguments, run, data):
 @pytest.fixture
 def start(tmp_path, data):
     """start(stage, *arguments, run=...): see here()."""
-    def call(name, *arguments, run=tmp_path / "run"):
-        return here(name, *arguments, run=run, data=data)
+    def call(name, *arguments, run=tmp_path / "run", change=None):
+        return here(name, *arguments, run=run, data=data, change=change)
     return call
 
 

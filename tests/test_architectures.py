@@ -1,12 +1,10 @@
 """The paper's real architectures, with random weights because there is no hub here: one training
-step and one prediction each, at a small size."""
+step and one prediction each, at a small size. SAM's own is in test_rehearsal.py."""
 import hashlib
 from importlib import import_module
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import common
 from conftest import fresh
@@ -52,7 +50,11 @@ def millions(module):
     return sum(p.numel() for p in module.parameters()) / 1e6
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+def slow_if_large(name):
+    return pytest.param(name, marks=[pytest.mark.slow] if ENCODERS[name][1] > 40 else [])
+
+
+@pytest.mark.parametrize("name", [slow_if_large(name) for name in ENCODERS])
 def test_one_step_and_one_prediction(random_weights, name):
     channels, size = ENCODERS[name]
     torch.manual_seed(0)
@@ -82,41 +84,6 @@ def test_one_step_and_one_prediction(random_weights, name):
     images = torch.randint(0, 255, (1, 3, 50, 70), dtype=torch.uint8)
     scores = stage.predict(encoder, decoder.eval(), images)
     assert scores.shape == (1, 19, 50, 70) and scores.isfinite().all()
-
-
-def two_of_twelve_blocks(checkpoint=None):
-    """SAM's vit_b, but for ten of its blocks"""
-    from segment_anything.build_sam import _build_sam
-    return _build_sam(encoder_embed_dim=768, encoder_depth=2, encoder_num_heads=12,
-                      encoder_global_attn_indexes=[1], checkpoint=checkpoint)
-
-
-def test_sam_vit_b_redraws_through_the_functions_of_the_miniature(monkeypatch, tmp_path):
-    selftrain = fresh("04_selftrain")
-    monkeypatch.setattr(selftrain, "sam_model_registry", {"vit_b": two_of_twelve_blocks})
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").mkdir()
-    torch.manual_seed(0)
-    weights = tmp_path / "weights" / selftrain.SAM_FILES["vit_b"]
-    torch.save(two_of_twelve_blocks().state_dict(), weights)
-    sam = selftrain.load_sam("vit_b")
-    pixels = np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-
-    monkeypatch.setattr(selftrain, "RUN", str(tmp_path))
-    monkeypatch.setattr(selftrain, "CROP", (96, 128))
-    monkeypatch.setattr(selftrain, "SAM_MIN_AREA", 50)
-    path, = selftrain.embed_pictures(sam, [tmp_path / "a.png"])
-    embedding = np.load(path)
-    assert embedding.shape == (256, 64, 64) and embedding.dtype == np.float16
-
-    label = torch.zeros(96, 128, dtype=torch.int64)
-    label[:, 64:] = 7
-    embedding = torch.from_numpy(embedding).float()
-    redrawn, points = selftrain.refine(sam, embedding, label, np.random.default_rng(0))
-    assert redrawn.shape == (96, 128) and points.shape == (2, 5, 2)
-    assert (points[0, :, 0] < 64).all() and (points[1, :, 0] >= 64).all()
-    assert set(redrawn.unique().tolist()) <= {0, 7, common.IGNORE}
 
 
 def test_sams_official_weights_are_fetched_once_and_checked(monkeypatch, tmp_path):

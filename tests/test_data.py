@@ -1,6 +1,7 @@
 """Reading: layouts as downloaded, id tables, pictures and labels of every kind, crops that keep
 image and label together."""
 import importlib.util
+import os
 import re
 import struct
 import subprocess
@@ -11,11 +12,12 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import common
 from common import IGNORE
 from conftest import ROOT, environment
+from test_real import DAY, REAL, needs
 
 source_stage = import_module("03_train_source")
 
@@ -27,9 +29,9 @@ SYNTHIA = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10,
 MAPILLARY = {13: 0, 24: 0, 41: 0, 2: 1, 15: 1, 17: 2, 6: 3, 3: 4, 45: 5, 47: 5, 48: 6, 50: 7, 30: 8,
              29: 9, 27: 10, 19: 11, 20: 12, 21: 12, 22: 12, 55: 13, 61: 14, 54: 15, 58: 16, 57: 17,
              52: 18}
+MAPILLARY_2 = (21, 24, 27, 12, 5, 85, 93, 100, 64, 63, 61, 30, 32, 108, 114, 107, 111, 110, 105)
 TRAIN_IDS = {train_id: train_id for train_id in range(19)}
 STREET = {"gta": 21, "synthia": 19, "cityscapes": 21, "mapillary": 30}    # ids above 18
-EVERY_ID = np.arange(256, dtype=np.uint8)[None]
 PALETTE = list(range(256)) * 3
 
 
@@ -67,22 +69,25 @@ def palette_picture(ids):
     return picture
 
 
-def png16(path, pixels):
-    """Write uint16 (H, W, 3) as an RGB PNG of 16 bits per channel, which PIL cannot write. The
-    rows after the first are stored as differences to the left, as PNG's encoders do."""
-    def chunk(kind, body):
-        check = zlib.crc32(kind + body)
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
+def png16(path, numbers, bits=16, kind=2):
+    """Write a PNG with 1 to 16 bits per channel, which PIL cannot: kind 0 is grey, 2 is RGB. The
+    rows after the first are stored as differences to the left where pixels are whole bytes."""
+    def chunk(name, body):
+        check = zlib.crc32(name + body)
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", check)
 
-    height, width, _ = pixels.shape
-    rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
+    numbers = np.asarray(numbers)
+    step = max(1, bits * (3 if kind else 1) // 8)
+    every_bit = numbers.reshape(len(numbers), -1, 1) >> np.arange(bits)[::-1] & 1
+    rows = np.packbits(every_bit.reshape(len(numbers), -1).astype(np.uint8), 1)
     raw = b"\0" + rows[0].tobytes()
     for row in rows[1:]:
-        raw += b"\1" + np.concatenate((row[:6], row[6:] - row[:-6])).tobytes()
-    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+        raw += b"\1" + np.concatenate((row[:step], row[step:] - row[:-step])).tobytes()
+    head = struct.pack(">IIBBBBB", numbers.shape[1], len(numbers), bits, kind, 0, 0, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
                      + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
+    return path
 
 
 # ---------------------------------------------------------------------------- layouts
@@ -104,15 +109,9 @@ def test_each_layout_is_read_as_downloaded(paper, put, tmp_path, name, image, la
     put(image, np.zeros((2, 3, 3)))
     put(label, np.array([[STREET.get(name, 8)] * 3]))
     assert paper.pairs(name, "val") == [(tmp_path / image, tmp_path / label)]
-
-
-@pytest.mark.parametrize("name, folder", [
-    ("cityscapes", "cityscapes/leftImg8bit/{}/bonn/0_leftImg8bit.png"),
-    ("mapillary", "mapillary/{}ing/images/0.jpg"), ("acdc", "acdc/rgb_anon/fog/{}/0_rgb_anon.png")])
-def test_train_and_val_do_not_mix(paper, put, name, folder):
-    put(folder.format("train"), np.zeros((2, 3, 3)))
-    with pytest.raises(paper.Stop, match="no images at"):
-        paper.pairs(name, "val")
+    if "{split}" in paper.LAYOUTS[name][1]:
+        with pytest.raises(paper.Stop, match="no images at"):
+            paper.pairs(name, "train")
 
 
 def test_acdcs_pictures_of_clear_weather_are_not_targets(paper, put):
@@ -147,10 +146,48 @@ def test_folders_above_that_are_named_like_parts_of_a_layout_do_no_harm(paper, p
     assert paper.pairs("synthia", "train")[0][1] == label
 
 
-def test_a_foreign_file_in_gtas_folder_is_taken(paper, put):
-    image = put("gta/images/copy of 1.png", np.zeros((2, 3)))
-    label = put("gta/labels/copy of 1.png", np.full((2, 3), 21))
-    assert paper.pairs("gta", "train") == [(image, label)]
+def test_one_listing_for_all_pictures_and_it_says_what_it_passed_over(put, tmp_path, capsys):
+    kinds = "a.png", "b.JPG", "c.jpeg", "d.webp", "e.bmp", "f.tif", "sub/g.TIFF"
+    for name in kinds:
+        put(f"own/{name}", np.zeros((2, 3, 3)), format="PNG")
+    other = put("elsewhere/h.png", np.zeros((2, 3, 3))).parent
+    (tmp_path / "own/link").symlink_to(other)
+    (tmp_path / "own/sub/loop").symlink_to(tmp_path / "own")
+    for name in ("._a.png", ".DS_Store", "i.heic"):
+        (tmp_path / "own" / name).write_bytes(b"")
+    os.mkfifo(tmp_path / "own/pipe.png")
+    found = common.pictures(tmp_path / "own")
+    assert found == [tmp_path / "own" / name for name in (*kinds[:6], "link/h.png", kinds[6])]
+    assert "own: 8 pictures; passed over: 1 .heic, 1 .png, 2 hidden\n" in capsys.readouterr().out
+    assert len(common.pictures(tmp_path / "own", deep=False)) == 6
+    assert common.pictures(tmp_path / "nowhere") == []
+
+
+def test_subfolders_links_and_hidden_files_of_a_data_set(paper, put, tmp_path):
+    for kind, name in (("images", "GP1/a.webp"), ("labels", "GP1/a.png"), ("images", "b.bmp"),
+                       ("labels", "b.png"), ("images", "._b.png"), ("labels", "._b.png")):
+        put(f"own/{kind}/{name}", np.full((2, 3), 4), format="PNG")
+    for kind, end in (("rgb_anon", "rgb_anon"), ("gt", "gt_labelTrainIds")):
+        place = put(f"store/{kind}/a_{end}.png", np.full((2, 3), 4)).parent
+        (tmp_path / f"acdc/{kind}/fog/val").mkdir(parents=True)
+        (tmp_path / f"acdc/{kind}/fog/val/GP").symlink_to(place)
+    found = paper.pairs(f"folder:{tmp_path}/own", "train")
+    assert [image.name for image, _ in found] == ["a.webp", "b.bmp"]
+    assert found[0][1] == tmp_path / "own/labels/GP1/a.png"
+    assert len(paper.pairs("acdc_fog", "val")) == 1
+    put("own/images/b.png", np.zeros((2, 3)))
+    with pytest.raises(paper.Stop, match=r"images/b\..* and .*images/b\..* have one label"):
+        paper.pairs(f"folder:{tmp_path}/own", "train")
+
+
+def test_the_first_process_draws_the_toy_world_and_the_others_wait(monkeypatch, put, tmp_path):
+    monkeypatch.setattr(common, "DATA", str(tmp_path))
+    monkeypatch.setattr(common, "RANK", 1)
+
+    def drawn_meanwhile(seconds):
+        put_set(put, "toy/day", [np.full((4, 4), 3)])
+    monkeypatch.setattr(common.time, "sleep", drawn_meanwhile)
+    assert len(common.pairs(f"folder:{tmp_path}/toy/day", "val")) == 1
 
 
 # ---------------------------------------------------------------------------- ids
@@ -203,20 +240,66 @@ def test_readmes_classes_of_ones_own_take_the_place_of_the_nineteen(tmp_path, mo
         [120, 120, 120], [80, 50, 50], [204, 70, 3], [0, 0, 0]]
 
 
-def test_a_label_in_colour(paper):
-    label = np.array([[0, 13, 18, IGNORE]], np.uint8)
-    colours = [[128, 64, 128], [0, 0, 142], [119, 11, 32], [0, 0, 0]]
-    assert paper.COLOURS[label][0].tolist() == colours
-
-
 # ---------------------------------------------------------------------------- labels
-@pytest.mark.parametrize("label", [
-    Image.fromarray(np.array([[True, False, True]])),                       # 1 bit
-    Image.fromarray(np.array([[1, 0, 1]], np.uint16)),                      # 16 bits
-    Image.fromarray(np.array([[1, 0, 1]], np.int32))], ids=["1 bit", "16 bit", "32 bit"])
-def test_labels_of_other_depths_are_read(put, label):
-    path = put("a.png", label, format="PNG" if label.mode != "I" else "TIFF")
-    assert common.read_label(path, "folder:x", (3, 1)).tolist() == [[1, 0, 1]]
+def reordered(ids, colours):
+    """A lossless palette picture, its numbers in an order of their own. colours: (256, 3)"""
+    used, numbers = np.unique(ids, return_inverse=True)
+    order = np.random.default_rng(1).permutation(len(used))
+    picture = Image.fromarray(np.argsort(order)[numbers].reshape(ids.shape).astype(np.uint8), "P")
+    picture.putpalette(colours[used[order]].ravel().tolist())
+    return picture
+
+
+GREY = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)
+FORMS = {"palette": lambda ids, _: palette_picture(ids),
+         "grey palette": lambda ids, _: reordered(ids, GREY),
+         "palette of colours": reordered,
+         "RGB of colours": lambda ids, colours: Image.fromarray(colours[ids]),
+         "RGB of ids": lambda ids, _: Image.fromarray(GREY[ids]),
+         "LA": lambda ids, _: Image.fromarray(ids).convert("LA"),
+         "16 bits": lambda ids, _: Image.fromarray(ids.astype(np.uint16)),
+         "32 bits": lambda ids, _: Image.fromarray(ids.astype(np.int32))}
+
+
+def colours_of(paper, name):
+    """uint8 (256, 3): the colour of every id, as cityscapesScripts has them"""
+    colours = paper.COLOURS[paper.numbering(name)[0]]
+    colours[[5, 6, 9, 10]] = (111, 74, 0), (81, 0, 81), (250, 170, 160), (230, 150, 140)
+    return paper.COLOURS if name.startswith("folder") else colours
+
+
+@needs(REAL / "cityscapes", DAY)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["cityscapes", "folder:x"])
+def test_real_labels_in_other_forms_are_the_same_labels(paper, put, name, form):
+    path = sorted((REAL / "cityscapes/gtFine").rglob("*labelIds.png"))[0]
+    path = path if name == "cityscapes" else sorted((DAY / "labels").iterdir())[0]
+    ids = np.asarray(Image.open(path))
+    right = paper.numbering(name)[0][ids]
+    other = FORMS[form](ids, colours_of(paper, name))
+    other = put("a.png", other, format="TIFF" if other.mode == "I" else "PNG")
+    assert len(np.unique(right)) > 8
+    assert np.array_equal(paper.read_label(other, name, ids.shape[::-1]), right)
+
+
+def test_the_numbers_of_gta5s_palette_are_ids_though_plates_have_the_colour_of_cars(paper, put):
+    colours = colours_of(paper, "gta")
+    colours[34] = colours[26]
+    picture = Image.fromarray(np.array([[7, 26, 34, 4]], np.uint8), "P")
+    picture.putpalette(colours.ravel().tolist())
+    assert paper.read_label(put("a.png", picture), "gta", (4, 1)).tolist() == [[0, 13, 255, 255]]
+
+
+def test_grey_that_is_no_id_is_a_classs_colour(paper, put):
+    path = put("a.png", GREY[[70, 153, 0]][None])
+    assert paper.read_label(path, "bdd", (3, 1)).tolist() == [[2, 5, IGNORE]]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_few_bits_per_pixel_hold_ids(tmp_path, bits):
+    ids = np.arange(24).reshape(3, 8) % min(2 ** bits, 12)
+    path = png16(tmp_path / "a.png", ids, bits, 0)
+    assert common.read_label(path, "folder:x", (8, 3)).tolist() == ids.tolist()
 
 
 @pytest.mark.parametrize("label, format, answer", [
@@ -224,10 +307,13 @@ def test_labels_of_other_depths_are_read(put, label):
     (Image.fromarray(np.array([[-1, 0, 1]], np.int32)), "TIFF", r"ids \[-1\]"),
     (Image.fromarray(np.array([[12, 0, 1]], np.uint8)), "PNG", r"ids \[12\]"),
     (Image.fromarray(np.array([[300, 0, 1]], np.uint16)), "PNG", r"ids \[300\]"),
-    (Image.new("L", (4, 1)), "PNG", "but its image is"),
-    (Image.new("L", (1, 3)), "PNG", "but its image is"),
-    (Image.new("RGB", (3, 1), (1, 2, 3)), "PNG", "colours of no class .*(1, 2, 3)")],
-    ids=["float", "negative", "no class", "16 bit", "wider", "turned", "colour"])
+    (Image.new("L", (4, 1)), "PNG", r"its image, \(3, 1\), not \(4, 1\)"),
+    (Image.new("L", (1, 3)), "PNG", "size of its image"),
+    (Image.new("RGB", (3, 1), (1, 2, 3)), "PNG", r"colours of no class .*\(1, 2, 3\)"),
+    (reordered(np.array([[0, 2, 4]], np.uint8), np.array(5 * [(128, 64, 128), (0, 0, 142),
+     (255, 0, 0), (1, 2, 3)])[[0, 0, 1, 0, 3, *range(15)]].astype(np.uint8)), "PNG", "of no class"),
+    (Image.new("L", (3, 1)), "JPEG", "in a PNG, not JPEG")],
+    ids=["float", "negative", "no class", "16 bit", "wider", "turned", "colour", "colours", "JPEG"])
 def test_a_wrong_label_is_refused_and_named(put, label, format, answer):
     path = put("a.png", label, format=format)
     with pytest.raises(common.Stop, match=answer) as stopped:
@@ -235,29 +321,92 @@ def test_a_wrong_label_is_refused_and_named(put, label, format, answer):
     assert str(stopped.value).startswith(f"{path} cannot be read as a label")
 
 
-@pytest.mark.parametrize("name", ["folder:x", "gta", "cityscapes"])
-def test_a_jpeg_blurs_ids_and_is_no_label(paper, put, name):
-    blocks = np.random.default_rng(0).integers(7, 12, (4, 4)).repeat(7, 0).repeat(7, 1)
-    path = put("a.png", blocks, format="JPEG")
-    with pytest.raises(paper.Stop, match="a.png"):
-        paper.read_label(path, name, (28, 28))
-
-
-@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_a_broken_picture_is_named(tmp_path, content):
-    path = tmp_path / "a.png"
-    path.write_bytes(content)
-    with pytest.raises(common.Stop, match="a.png cannot be read as a picture"):
-        common.read_image(path)
-    with pytest.raises(common.Stop, match="a.png cannot be read as a label"):
-        common.read_label(path, "folder:x", (3, 1))
-
-
-def test_a_picture_that_was_cut_off_is_named(put):
+def test_broken_and_huge_pictures_and_pipes_are_named(put, tmp_path, monkeypatch):
+    assert 2 * Image.MAX_IMAGE_PIXELS == 300_000_000        # PIL's limit is twice as many
     path = put("a.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3)))
-    path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(common.Stop, match="a.png cannot be read as a picture"):
-        common.read_image(path)
+    good = path.read_bytes()
+    for content, limit in ((b"", 4096), (b"not a picture", 4096), (good[:-2000], 4096),
+                           (good, 2000), (None, 4096)):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        path.unlink()
+        path.write_bytes(content) if content is not None else os.mkfifo(path)
+        with pytest.raises(common.Stop, match="a.png cannot be read as a picture"):
+            common.read_image(path)
+        with pytest.raises(common.Stop, match="a.png cannot be read as a label"):
+            common.read_label(path, "folder:x", (64, 64))
+
+
+# ---------------------------------------------------------------------------- sets
+def put_set(put, folder, labels):
+    """Write labels and black pictures of their size as PATH of a `folder:` data set."""
+    for i, label in enumerate(labels):
+        put(f"{folder}/labels/{i}.png", label)
+        put(f"{folder}/images/{i}.png", np.zeros((*label.shape, 3)))
+
+
+@needs(REAL / "cityscapes", DAY)
+@pytest.mark.parametrize("resize", [Image.NEAREST, Image.BILINEAR, Image.BICUBIC])
+@pytest.mark.parametrize("factor", [.4, .7, 1.6])
+@pytest.mark.parametrize("name", ["gta", "own"])
+def test_real_labels_resized_with_blending_are_named(paper, put, tmp_path, name, resize, factor):
+    files = (DAY / "labels").iterdir() if name == "own" else REAL.rglob("*labelIds.png")
+    for i, file in enumerate(sorted(files)[:3]):
+        label = Image.open(file).point([*range(255), 0])    # 255 would give a blend away by itself
+        size = int(label.width * factor), int(label.height * factor)
+        put(f"{name}/labels/{i}.png", label.resize(size, resize))
+        put(f"{name}/images/{i}.png", Image.new("RGB", size))
+    name = name if name == "gta" else f"folder:{tmp_path}/own"
+    if resize == Image.NEAREST:
+        assert len(paper.pairs(name, "train")) == 3
+        return
+    with pytest.raises(paper.Stop, match="blending|not ids"):
+        paper.pairs(name, "train")
+
+
+@needs(REAL / "cityscapes")
+def test_a_set_of_another_systems_ids_is_named(paper, put, tmp_path):
+    ids = np.asarray(Image.open(sorted(REAL.rglob("*labelIds.png"))[0]))[::4, ::4]
+    train_ids = paper.numbering("gta")[0][ids]
+    version_2 = np.array([*MAPILLARY_2, 123])[train_ids.clip(0, 19)]
+    put_set(put, "own", [ids])
+    put_set(put, "gta", [train_ids])
+    put_set(put, "mapillary/training", [train_ids])
+    put_set(put, "mapillary/validation", [version_2])
+    for name, split, answer in (
+            (f"folder:{tmp_path}/own", "train", r"expected ids 0 to 18 .* not ids \[20 21 22"),
+            ("gta", "train", "gta: no label has an id above 18"),
+            ("mapillary", "train", "mapillary: no label has an id above 18"),
+            ("mapillary", "val", r"expected ids 0 to 65 .* not ids \[.*123\][^$]*take v1.2")):
+        with pytest.raises(paper.Stop, match=answer):
+            paper.pairs(name, split)
+
+
+def test_a_set_without_a_label_is_refused_and_of_one_class_it_warns(put, tmp_path, capsys):
+    put_set(put, "one", [np.array([[3, 3, IGNORE]])])
+    put_set(put, "none", [np.array([[IGNORE] * 3])])
+    assert len(common.pairs(f"folder:{tmp_path}/one", "train")) == 1
+    assert "one: fence is the only class" in capsys.readouterr().out
+    with pytest.raises(common.Stop, match="none: no pixel has a label"):
+        common.pairs(f"folder:{tmp_path}/none", "train")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("drawn_on, width", [("stored", 6), ("upright", 6), ("stored", 4)])
+def test_exif_turns_a_picture_only_where_just_that_fits(put, capsys, orientation, drawn_on, width):
+    common.SAID.clear()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, width, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = put("images/a.png", pixels, exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(image)))
+    assert np.array_equal(common.read_image(image), upright)
+    pixels = upright if drawn_on == "upright" and orientation > 4 else pixels
+    label = put("labels/a.png", pixels[..., 0] % 12)
+    for _ in range(2):
+        picture, read = common.read_pair(image, label, "folder:x")
+        assert np.array_equal(picture, pixels) and np.array_equal(read, pixels[..., 0] % 12)
+    both_fit = orientation in (2, 3, 4) or orientation > 4 and width == 4
+    assert capsys.readouterr().out.count("images/a.png") == both_fit        # said once
 
 
 # ---------------------------------------------------------------------------- images
@@ -270,19 +419,30 @@ def test_pictures_of_every_mode_become_rgb(put, mode):
     assert np.asarray(image).min() == 255
 
 
-def test_sixteen_bits_of_grey_become_eight(put):
-    path = put("a.png", Image.fromarray(np.array([[0, 256, 32768, 65535]], np.uint16)))
-    assert np.asarray(common.read_image(path))[0, :, 0].tolist() == [0, 1, 128, 255]
+@pytest.mark.parametrize("numbers, wanted", [
+    (np.array([[0, 256, 32768, 65535]], np.uint16), [0, 1, 128, 255]),
+    (np.array([[0, 16, 2048, 4095]], np.uint16), [0, 1, 128, 255]),         # 12 bits
+    (np.array([[0, 1, 128, 255]], np.int32), [0, 1, 128, 255]),
+    (np.array([[0, .004, .5, 1]], np.float32), [0, 1, 128, 255]),
+    (np.array([[0, 1, 128, 255]], np.float32), [0, 1, 128, 255])])
+def test_other_depths_and_ranges_become_eight_bits(put, numbers, wanted):
+    path = put("a.png", Image.fromarray(numbers), format="TIFF")
+    assert np.asarray(common.read_image(path))[0].tolist() == [[k] * 3 for k in wanted]
 
 
-def test_a_turned_photograph_stands_upright(put):
-    pixels = np.zeros((16, 32, 3))
-    pixels[:, :16] = 255                        # white on the left, which is above after the turn
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image = np.asarray(common.read_image(put("a.jpg", pixels, exif=exif)))
-    assert image.shape == (32, 16, 3)
-    assert image[:14].min() > 200 and image[18:].max() < 50
+def test_deep_colours_become_eight_bits_and_bad_numbers_are_named(put, tmp_path, capsys):
+    pixels = np.array([[[0, 16, 2048], [4095, 4080, 32]]])                  # 12 bits
+    image = common.read_image(png16(tmp_path / "a.png", pixels))
+    assert np.asarray(image).tolist() == [[[0, 1, 128], [255, 254, 2]]]
+    image = common.read_image(png16(tmp_path / "a.png", 16 * pixels))
+    assert np.asarray(image).tolist() == [[[0, 1, 128], [255, 254, 2]]]
+    for bad in (np.nan, -1, 1e6):
+        path = put("a.png", Image.fromarray(np.array([[bad, 1]], np.float32)), format="TIFF")
+        with pytest.raises(common.Stop, match="its values go from"):
+            common.read_image(path)
+    put("b.png", Image.new("LA", (2, 2)))
+    common.read_image(tmp_path / "b.png")
+    assert f"black, first {tmp_path}/b.png" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- crops
@@ -340,12 +500,6 @@ def test_a_crop_at_scale_one_is_a_cut(plain):
         cut = whole[top:top + 32, left:left + 32]
         found.append(np.array_equal(cut, label) or np.array_equal(cut[:, ::-1], label))
     assert sum(found) == 1
-
-
-def test_a_crop_at_scale_two_shows_every_pixel_twice(plain):
-    _, label = crop(0, np.arange(4, dtype=np.uint8)[None].repeat(4, 0), size=(8, 8), scale=(2., 2.))
-    row = [0, 0, 1, 1, 2, 2, 3, 3]
-    assert label[0].tolist() in (row, row[::-1]) and (label == label[0]).all()
 
 
 def test_rows_and_columns_of_a_crop_are_drawn_apart(plain):
@@ -437,63 +591,36 @@ def check(paper, monkeypatch, tmp_path, capsys):
     return run
 
 
-def put_acdc(put, n=4):
-    for i in range(n):
-        put(f"acdc/rgb_anon/fog/val/G/{i}_rgb_anon.png", np.zeros((8, 12, 3)))
-        ids = np.where(np.arange(12) < 3, 10, IGNORE)[None].repeat(8, 0)
-        put(f"acdc/gt/fog/val/G/{i}_gt_labelTrainIds.png", ids)
-
-
-def put_folder(put, name, shape=(8, 12)):
-    put(f"{name}/images/a.png", np.zeros((8, 12, 3)))
-    put(f"{name}/labels/a.png", np.ones(shape))
-
-
 def test_a_good_folder_passes_with_shares_and_a_sheet(check, put, tmp_path):
-    put_folder(put, "good")
-    output, complaint = check(f"folder:{tmp_path}/good")
+    put_set(put, "a/x", [np.ones((8, 12))])
+    put_set(put, "b/x", [np.ones((8, 12))])
+    output, complaint = check(f"folder:{tmp_path}/a/x", f"folder:{tmp_path}/b/x")
     assert complaint is None
     assert "sidewalk 100.0 %" in output and "not seen: road, building" in output
-    sheet, = (tmp_path / "run/check").iterdir()
-    assert str(sheet) in output and Image.open(sheet).width > 300
+    sheets = list((tmp_path / "run/check").iterdir())
+    assert len(sheets) == 2         # though both folders have one name
+    assert all(str(sheet) in output and Image.open(sheet).width > 300 for sheet in sheets)
 
 
 def test_all_sets_are_checked_even_if_an_earlier_one_is_wrong(put, tmp_path):
-    put_acdc(put)
-    put_folder(put, "bad/x", (8, 11))
-    put_folder(put, "good/x")
-    names = "gta", "acdc_fog", f"folder:{tmp_path}/bad/x", f"folder:{tmp_path}/good/x"
+    for i in range(4):
+        put(f"acdc/rgb_anon/fog/val/G/{i}_rgb_anon.png", np.zeros((8, 12, 3)))
+        ids = np.where(np.arange(12) < 3, 10, IGNORE)[None].repeat(8, 0)
+        put(f"acdc/gt/fog/val/G/{i}_gt_labelTrainIds.png", ids)
+    put_set(put, "bad", [np.ones((8, 12))])
+    put("bad/labels/0.png", np.ones((8, 11)))
+    put_set(put, "good", [np.ones((8, 12))])
+    names = "gta", "acdc_fog", f"folder:{tmp_path}/bad", f"folder:{tmp_path}/good"
     done = subprocess.run([sys.executable, ROOT / "tests/check_data.py", *names], text=True,
                           capture_output=True, cwd=ROOT,
                           env=environment(tmp_path / "run", tmp_path, PRESET="gta"))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "no images at" in done.stderr
     assert "acdc_fog, val: 4 pairs, officially 100" in done.stderr
-    assert "bad/x/labels/a.png cannot be read as a label: it is 11 x 8" in done.stderr
+    assert "expected the size of its image, (12, 8), not (11, 8)" in done.stderr
     assert "sky 25.0 %" in done.stdout and "no label 75.0 %" in done.stdout
     sheets = [path.name for path in (tmp_path / "run/check").iterdir()]
     assert len(sheets) == 2 and "acdc_fog_val.png" in sheets    # none where sizes are wrong
-
-
-def test_two_folders_of_one_name_have_a_sheet_each(check, put, tmp_path):
-    put_folder(put, "a/x")
-    put_folder(put, "b/x")
-    assert check(f"folder:{tmp_path}/a/x", f"folder:{tmp_path}/b/x")[1] is None
-    assert len(list((tmp_path / "run/check").iterdir())) == 2
-
-
-def test_only_the_splits_that_are_there_are_checked(check, put):
-    put_acdc(put)
-    output, complaint = check("acdc_fog")
-    assert "acdc_fog, val" in output and "train" not in complaint
-
-
-def test_a_turned_photograph_has_the_size_of_its_label(check, put, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    put("own/images/a.jpg", np.zeros((12, 8, 3)), exif=exif)
-    put("own/labels/a.png", np.zeros((8, 12)))
-    assert check(f"folder:{tmp_path}/own")[1] is None
 
 
 def test_without_a_name_it_explains_itself(check):

@@ -101,31 +101,15 @@ EXPERIMENTS = [row[1:] for row in COMMANDS if value_of(row[2], "OUT")]
 EXPERIMENTS += [row[1:] for row in COMMANDS if row[1] == "05_eval" and row[2]][-1:]
 
 
-@pytest.fixture(scope="module")
-def started(finished, data, tmp_path_factory):
-    """All experiments, in the README's order, in one run folder -> [(command, how it ended)]"""
-    run, results = tmp_path_factory.mktemp("experiments"), []
+@pytest.mark.slow
+def test_every_experiment_runs_and_the_table_compares_them(finished, data, tmp_path, monkeypatch):
     for stage in ("01_prompts", "02_generate", "03_train_source"):
-        (run / stage).symlink_to(finished[0] / stage)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "save_sheet", lambda path, rows: None)        # drawing takes longest
-        for stage, arguments in EXPERIMENTS:
-            small = in_miniature(stage, arguments, run, data)
-            end = here(stage, *small, run=run, data=data)
-            results.append((" ".join((stage, *arguments)), end))
-    return run, results
-
-
-def test_every_experiment_starts_and_ends(started):
-    _, results = started
-    assert len(results) >= 10
-    assert [result for result in results if result[1] is not None] == []
-
-
-def test_the_table_compares_them(started):
-    run, results = started
-    rows = json.loads((run / "05_eval/results.json").read_text())["rows"]
-    names = {row["name"] for row in rows}
+        (tmp_path / stage).symlink_to(finished[0] / stage)
+    monkeypatch.setattr(common, "save_sheet", lambda path, rows: None)      # drawing takes longest
     for stage, arguments in EXPERIMENTS:
-        if stage in ("03_train_source", "04_selftrain"):
-            assert value_of(arguments, "OUT").split("/")[-1] in names
+        small = in_miniature(stage, arguments, tmp_path, data)
+        assert here(stage, *small, run=tmp_path, data=data) is None, (stage, arguments)
+    rows = json.loads((tmp_path / "05_eval/results.json").read_text())["rows"]
+    wanted = {value_of(arguments, "OUT").split("/")[-1] for stage, arguments in EXPERIMENTS
+              if stage in ("03_train_source", "04_selftrain")}
+    assert len(wanted) >= 10 and wanted <= {row["name"] for row in rows}

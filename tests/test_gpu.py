@@ -6,13 +6,13 @@
 import json
 import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import world
-from conftest import SMALL, fresh
+from conftest import SMALL, fresh, here
+from test_pipeline import stop_at_the_checkpoint
 
 import common
 from common import IGNORE
@@ -140,18 +140,10 @@ def test_all_five_scripts_ran_on_the_gpu(finished):
 
 
 @pytest.mark.parametrize("stage", ["03_train_source", "04_selftrain"])
-def test_a_run_goes_on_with_nearly_the_same_losses(finished, start, tmp_path, monkeypatch, stage):
-    replace = os.replace
-
-    def interrupt(part, path):
-        replace(part, path)
-        if Path(path).name == "checkpoint.pt":
-            raise KeyboardInterrupt
+def test_a_run_goes_on_with_nearly_the_same_losses(finished, data, tmp_path, stage):
     arguments = stage, *SMALL[stage], f"--OUT={tmp_path}/out"
-    monkeypatch.setattr(os, "replace", interrupt)
-    assert "stopped" in start(*arguments, run=finished[0])
-    monkeypatch.undo()
-    assert start(*arguments, run=finished[0]) is None
+    stop_at_the_checkpoint(*arguments, run=finished[0], data=data)
+    assert here(*arguments, run=finished[0], data=data) is None
     logs = [common.read_lines(folder / "log.jsonl", "step", "loss")
             for folder in (tmp_path / "out", finished[0] / stage)]
     one, other = ([line["loss"] for line in log] for log in logs)

@@ -250,14 +250,14 @@ def test_each_class_is_matched_to_the_query_that_draws_it():
     assert sorted(found.T.tolist()) == [[0, 0, 0, 2], [0, 0, 1, 0], [0, 0, 2, 1]]
 
 
-def test_nothing_but_ignore_teaches_nothing_unless_it_is_negative():
+def test_nothing_but_ignore_teaches_nothing():
     c, m = (part.requires_grad_() for part in drawing(LABEL, [2, 0, 1], 5, 2.))
     nothing = torch.full_like(LABEL, IGNORE)
     loss, _ = loss_of(c, m, nothing)
     of_class, of_mask = gradients(loss, c, m)
     assert loss == 0 and of_class.abs().max() == 0 and of_mask.abs().max() == 0
-    _, terms = loss_of(c, m, nothing, "negative")
-    assert terms["class"] > 0                           # officially: teaches "no object"
+    loss, _ = loss_of(c, m, nothing, "negative")        # as a picture without a component
+    assert loss == 0
 
 
 def test_a_query_that_lies_on_ignored_pixels_is_not_taught_no_object():
@@ -295,7 +295,7 @@ def test_a_broken_network_shows_in_the_loss_not_in_the_matching():
 
 
 def test_decoder_shapes_at_any_size():
-    decoder = stage.Decoder([8, 16, 24, 32], 5, 32, queries=7, layers=4, hidden=48, pixel_layers=2)
+    decoder = stage.Decoder([8, 16, 24, 32], 5, 32, queries=7, layers=4, width=48, pixel_layers=2)
     for h, w in ((64, 96), (32, 160)):
         sizes = zip((8, 16, 24, 32), (4, 8, 16, 32))
         classes, masks = decoder([torch.randn(2, c, h // s, w // s) for c, s in sizes])
@@ -316,7 +316,7 @@ def test_a_pixel_layer_adds_the_neighbours_in_scale():
 
 
 def test_norms_and_embeddings_do_not_decay():
-    decoder = stage.Decoder([8, 8, 8, 8], 3, 32, queries=4, layers=1, hidden=16, pixel_layers=1)
+    decoder = stage.Decoder([8, 8, 8, 8], 3, 32, queries=4, layers=1, width=16, pixel_layers=1)
     optimizer, trained = stage.make_optimizer([(decoder, 1)], .05)
     decay = {id(p): group["weight_decay"]
              for group in optimizer.param_groups for p in group["params"]}

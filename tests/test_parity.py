@@ -1,12 +1,8 @@
 """Every part that has a library behind it, against that library itself: encoders, decoder, first
-weights, class scores, SAM, colour jitter. At the end the golden numbers.
-
-The golden numbers are the losses of the first steps of 03 and 04. If a change of them is meant:
-    GOLDEN=write python -m pytest tests/test_parity.py -k golden"""
+weights, class scores, SAM, colour jitter, half precision."""
 import colorsys
 import inspect
 import json
-import os
 from functools import partial
 from types import SimpleNamespace
 
@@ -27,13 +23,12 @@ from transformers.models.mask2former import modeling_mask2former as library
 from transformers.models.mask2former.image_processing_mask2former import Mask2FormerImageProcessor
 
 import common
-from conftest import ROOT, fresh, script
+from conftest import fresh
 from tests.toy import sam as miniature
 
 stage = fresh("03_train_source")
 CLIP = common.HERE / "tests/toy/weights/clip"
 SAM = common.HERE / "tests/toy/weights/sam"
-GOLDEN = ROOT / "tests/golden.json"
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +107,13 @@ def assert_equal(encoder, features, mean, std, channels):
     assert encoder.fill == tuple(round(255 * m) for m in mean)
 
 
+def assert_loaded(encoder, path, prefix=""):
+    """What the library loaded is what the file holds: loading has moved no statistics."""
+    stored = load_file(path)
+    for name, value in encoder.body.state_dict().items():
+        assert torch.equal(value, stored[prefix + name]), name
+
+
 OWN = (.1, .2, .4), (.4, .5, .6)
 
 
@@ -125,10 +127,7 @@ def test_cnn_towers_equal_open_clips(tmp_path, write, channels):
         write(folder)
     encoder = stage.Encoder(f"open_clip:local-dir:{folder}")
     model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
-    # what open_clip loaded is what the file holds: loading has moved no statistics
-    stored = load_file(folder / "open_clip_model.safetensors")
-    for name, value in encoder.body.state_dict().items():
-        assert torch.equal(value, stored[f"visual.{name}"]), name
+    assert_loaded(encoder, folder / "open_clip_model.safetensors", "visual.")
     mean = OWN if write else (model.visual.image_mean, model.visual.image_std)
     assert_equal(encoder, stages_of(model.visual), *mean, channels)
 
@@ -137,9 +136,7 @@ def test_timm_cnns_equal_timms(tmp_path):
     write_timm(tmp_path)
     encoder = stage.Encoder(f"timm:local-dir:{tmp_path}")
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    stored = load_file(tmp_path / "model.safetensors")
-    for name, value in encoder.body.state_dict().items():
-        assert torch.equal(value, stored[name]), name
+    assert_loaded(encoder, tmp_path / "model.safetensors")
 
     def features(x):
         x = model.maxpool(model.act1(model.bn1(model.conv1(x))))
@@ -215,14 +212,19 @@ def copy_layer(ours, theirs):
 
 
 def mask2former(layers=4, dim=64, queries=7):
-    """transformers' module of queries with random weights, biases and norms too."""
+    """transformers' module of queries with random weights, biases and norms too. In float64: its
+    masks become True or False between the layers, and what is near zero may fall either way."""
     config = Mask2FormerConfig(hidden_dim=dim, mask_feature_size=dim, num_attention_heads=8,
                                dim_feedforward=48, decoder_layers=layers + 1, dropout=0.,
                                num_queries=queries)
     module = library.Mask2FormerTransformerModule(dim, config).eval().requires_grad_(False)
     for parameter in module.parameters():
         parameter.add_(.2 * torch.randn_like(parameter))
-    return module
+    return module.double()
+
+
+def double(*shape):
+    return torch.randn(shape, dtype=torch.float64)
 
 
 def their_position(maps):
@@ -232,22 +234,22 @@ def their_position(maps):
 
 def test_a_query_layer_equals_mask2formers():
     theirs = mask2former().decoder.layers[0]
-    ours = stage.QueryLayer(64, 8, 48).requires_grad_(False)
+    ours = stage.QueryLayer(64, 8, 48).double().requires_grad_(False)
     copy_layer(ours, theirs)
-    queries, embed = torch.randn(2, 7, 64), torch.randn(2, 7, 64)
-    memory, code = torch.randn(2, 24, 64), torch.randn(1, 24, 64)
+    queries, embed = double(2, 7, 64), double(2, 7, 64)
+    memory, code = double(2, 24, 64), double(1, 24, 64)
     hidden = torch.rand(2, 7, 24) < .5
     seen = hidden[:, None].expand(-1, 8, -1, -1).flatten(0, 1)
     wanted, = theirs(queries.mT.movedim(2, 0), 0, None, [code.transpose(0, 1)],
                      embed.transpose(0, 1), [memory.transpose(0, 1)], seen)
     found = ours(queries, embed, memory, code, hidden)
-    assert torch.allclose(found, wanted.transpose(0, 1), atol=1e-5)
+    assert torch.allclose(found, wanted.transpose(0, 1), atol=1e-9)
 
 
 @torch.no_grad()
 def test_the_decoders_queries_equal_mask2formers(monkeypatch):
     theirs = mask2former()
-    ours = stage.Decoder([8] * 4, 5, 64, queries=7, layers=4, hidden=48, pixel_layers=0)
+    ours = stage.Decoder([8] * 4, 5, 64, queries=7, layers=4, width=48, pixel_layers=0).double()
     for mine, its in zip(ours.layers, theirs.decoder.layers):
         copy_layer(mine, its)
     ours.query.load_state_dict(theirs.queries_features.state_dict())
@@ -257,16 +259,19 @@ def test_the_decoders_queries_equal_mask2formers(monkeypatch):
     head = theirs.decoder.mask_predictor.mask_embedder.state_dict().values()
     for mine, its in zip(ours.mask_head.parameters(), head, strict=True):
         mine.copy_(its)
-    levels = [torch.randn(2, 64, 2 * k, 3 * k) for k in (1, 2, 4)]
-    pixels = torch.randn(2, 64, 16, 24)
+    levels = [double(2, 64, 2 * k, 3 * k) for k in (1, 2, 4)]
+    pixels = double(2, 64, 16, 24)
+    pixels[:, 0] = 15                  # some masks are empty: their queries attend everywhere
     wanted = theirs([level.clone() for level in levels], pixels)
     monkeypatch.setattr(ours, "pixels", lambda features: (levels, pixels))
     monkeypatch.setattr(stage, "position", their_position)      # ours has other channels first
     classes, masks = ours(None)
+    empty = (masks[:-1] <= 0).flatten(3).all(-1)
+    assert empty.any() and not empty.all()
     for found, its in zip(masks, wanted.masks_queries_logits, strict=True):
-        assert torch.allclose(found, its, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(found, its, atol=1e-9)
     for found, its in zip(classes, wanted.intermediate_hidden_states, strict=True):
-        assert torch.allclose(found, ours.class_head(its.transpose(0, 1)), atol=1e-4)
+        assert torch.allclose(found, ours.class_head(its.transpose(0, 1)), atol=1e-9)
 
 
 @pytest.mark.parametrize("height, width, dim", [(5, 7, 64), (24, 24, 256)])
@@ -289,7 +294,6 @@ def test_class_scores_are_mask2formers():
     scores = stage.semantic(classes, masks, (384, 384))
     for ours, its in zip(scores, theirs):
         assert torch.allclose(ours, its["segmentation_scores"], atol=1e-5)
-        assert (ours.argmax(0) == its["segmentation"]).float().mean() >= .9999
 
 
 def test_predict_pads_with_the_mean_colour_and_cuts():
@@ -307,75 +311,54 @@ def test_predict_pads_with_the_mean_colour_and_cuts():
 
 # ------------------------------------------------------------ first weights
 def xavier(module):
-    """A new module by the rule of Mask2Former's transformer layers."""
+    """A new module by the rule of Mask2Former's transformer layers; of a projection, too."""
     for weight in module.parameters():
         if weight.dim() > 1:
             nn.init.xavier_uniform_(weight)
     return module
 
 
-def filled(module):
-    """detectron2's c2_xavier_fill: Kaiming-uniform with a=1, no bias."""
-    nn.init.kaiming_uniform_(module.weight, a=1)
-    nn.init.zeros_(module.bias)
-    return module
-
-
 def projection(channels):
     """Mask2Former's input projections: Xavier-uniform with gain 1, no bias."""
-    layer = nn.Conv2d(channels, 256, 1)
-    nn.init.xavier_uniform_(layer.weight)
+    layer = xavier(nn.Conv2d(channels, 256, 1))
     nn.init.zeros_(layer.bias)
     return layer
 
 
-@pytest.fixture(scope="module")
-def wide():
-    torch.manual_seed(1)
-    return stage.Decoder([192, 384, 768, 1536], 19, 256, 100, 1, 512, 1)
-
-
-def spread(module):
-    return {name: value.std().item() for name, value in module.named_parameters()}
+def filled(channels, size):
+    """detectron2's c2_xavier_fill: Kaiming-uniform with a=1, no bias."""
+    layer = nn.Conv2d(channels, 256, size)
+    nn.init.kaiming_uniform_(layer.weight, a=1)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def same_spread(ours, theirs):
     """Standard deviations within 2 %, of a bias's few values within 20 % (of 20 values: 60 %)."""
-    wanted, found = spread(theirs), spread(ours)
-    assert found.keys() == wanted.keys()
-    for name, value in ours.named_parameters():
+    for (name, value), (other, wanted) in zip(ours.named_parameters(), theirs.named_parameters(),
+                                              strict=True):
         n = value.numel()
         tolerance = .02 if n > 3_000 else .2 if n > 100 else .6
-        assert abs(found[name] - wanted[name]) <= tolerance * wanted[name], name
+        assert name == other and abs(value.std() - wanted.std()) <= tolerance * wanted.std(), name
 
 
-def test_attention_and_feed_forwards_begin_as_mask2formers(wide):
-    layer = wide.layers[0]
+def test_all_layers_begin_as_mask2formers():
+    wide = stage.Decoder([192, 384, 768, 1536], 19, 256, 100, 1, 512, 1)
+    layer, feed = wide.layers[0], wide.pixel_layers[0].feed
     for attention in (layer.cross, layer.self_):
         same_spread(attention, xavier(nn.MultiheadAttention(256, 8)))
     same_spread(layer.feed[0], xavier(nn.Linear(256, 512)))
     same_spread(layer.feed[2], xavier(nn.Linear(512, 256)))
-    feed = wide.pixel_layers[0].feed
     same_spread(feed[0], xavier(nn.Conv2d(256, 512, 1)))
     same_spread(feed[2], xavier(nn.Conv2d(512, 256, 1)))
-
-
-def test_heads_and_embeddings_begin_as_mask2formers(wide):
     same_spread(wide.class_head, nn.Linear(256, 20))
     for k in (0, 2, 4):
         same_spread(wide.mask_head[k], nn.Linear(256, 256))
-    rows = (wide.query, .02), (wide.query_embed, .02), (wide.level_embed, .1)
-    for embedding, tolerance in rows:
+    for embedding, tolerance in (wide.query, .02), (wide.query_embed, .02), (wide.level_embed, .1):
         assert abs(embedding.weight.std() - 1) < tolerance and embedding.weight.mean().abs() < .2
-
-
-def test_convolutions_begin_as_mask2formers(wide):
-    same_spread(wide.mask_features, filled(nn.Conv2d(256, 256, 1)))
-    same_spread(wide.smooth[3][0], filled(nn.Conv2d(256, 256, 3)))
-    same_spread(wide.lateral[0][0], filled(nn.Conv2d(192, 256, 1)))
-
-
-def test_input_projections_begin_as_mask2formers(wide):
+    same_spread(wide.mask_features, filled(256, 1))
+    same_spread(wide.smooth[3][0], filled(256, 3))
+    same_spread(wide.lateral[0][0], filled(192, 1))
     for lateral, channels in zip(wide.lateral[1:], (384, 768, 1536)):
         same_spread(lateral[0], projection(channels))
 
@@ -422,12 +405,16 @@ def test_masks_are_sam_predictors_best(selftrain, make, shape):
     predictor.set_image(scene(shape))
     points = torch.rand(7, 5, 2) * torch.tensor(shape[::-1])
     scaled = predictor.transform.apply_coords_torch(points, shape)
-    masks, ratings, _ = predictor.predict_torch(scaled, torch.ones(7, 5), multimask_output=True)
+    masks, ratings, _ = predictor.predict_torch(scaled, torch.ones(7, 5), return_logits=True)
+    first, second = ratings.topk(2).values.T
+    assert (first - second).min() > 1e-5                # no tie that rounding could decide
     wanted = masks[torch.arange(7), ratings.argmax(1)]
     selftrain.SAM_CHUNK = 3
     found = selftrain.sam_masks(sam, predictor.features[0], points, shape)
     assert found.dtype == torch.bool and found.shape == (7, *shape)
-    assert .02 < wanted.float().mean() < .98 and (found != wanted).float().mean() < 1e-5
+    sure = wanted.abs() > 1e-3 * wanted.std()           # the others may fall to either side
+    assert sure.float().mean() > .998 and .02 < (wanted > 0).float().mean() < .98
+    assert torch.equal(found[sure], wanted[sure] > 0)
 
 
 @pytest.mark.parametrize("make", [tiny_sam, miniature_sam])
@@ -552,56 +539,17 @@ def test_the_brightness_of_images_varies_as_in_the_official_code():
     assert abs(np.std(means) - 29.2) < 3                # contrast about the mean would be 12.7
 
 
-# ------------------------------------------------------------ golden numbers, half precision
-SETTINGS = ["--LOG_EVERY=1", "--PREVIEW_EVERY=1000", "--SAVE_EVERY=1000", "--WARMUP=3"]
-RUNS = {"03_train_source": ["--ITERATIONS=20", "--BATCH=4", "--POINTS=256", "--LR=0.003"],
-        "04_selftrain": ["--ITERATIONS=6", "--N_SOURCE=2", "--N_GENERATED=2"]}
-
-
-@pytest.fixture(scope="module")
-def golden_run(tmp_path_factory):
-    """The real scripts 03 and 04 on a few scenes -> the run folder, the folder of data."""
-    root = tmp_path_factory.mktemp("golden")
-    world.write_folder(root / "toy/game_train", "train", "game", 6)
-    world.write_folder(root / "toy/day", "test", "day", 4)
-    painted = f"--GENERATED=folder:{root}/toy/day/images"
-    for name, settings in RUNS.items():
-        more = [painted] if name == "04_selftrain" else []
-        done = script(name, *SETTINGS, *settings, *more, run=root / "run", data=root)
-        assert done.returncode == 0, done.stderr
-    return root / "run", root
-
-
-@pytest.mark.skipif(torch.__version__ < "2.11", reason="random numbers of older versions differ")
-@pytest.mark.parametrize("name", RUNS)
-def test_golden_losses_of_the_first_six_steps(golden_run, name):
-    rows = common.read_lines(golden_run[0] / name / "log.jsonl", "step", "loss")[:6]
-    keys = ("loss", "class", "mask", "dice", "labelled", "changed")
-    found = [{key: row[key] for key in keys if key in row} for row in rows]
-    if os.environ.get("GOLDEN") == "write":
-        golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-        GOLDEN.write_text(json.dumps(golden | {name: found}, indent=1) + "\n")
-    wanted = json.loads(GOLDEN.read_text())[name]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    for ours, golden in zip(found, wanted, strict=True):
-        for key, value in golden.items():
-            assert abs(ours[key] - value) <= 1e-3 * abs(value) + 1e-4, key
-
-
-def test_half_precision_keeps_the_class_map(golden_run):
-    encoder, decoder, _ = stage.load_model(golden_run[0] / "03_train_source/model.safetensors")
-    files = sorted((golden_run[1] / "toy/day/images").glob("*.png"))[:2]
-    images = torch.stack([torch.from_numpy(np.array(common.read_image(f))) for f in files])
-    images = images.permute(0, 3, 1, 2)
+# ------------------------------------------------------------ half precision
+def test_half_precision_keeps_the_scores():
+    encoder = stage.Encoder(f"open_clip:local-dir:{CLIP}")
+    decoder = stage.Decoder(encoder.channels, 12, 64, 24, 3, 128, 3).eval()
+    images = torch.stack([torch.from_numpy(scene((128, 256), k)).permute(2, 0, 1) for k in (3, 4)])
     with torch.autocast("cpu", torch.bfloat16):
         rounded = encoder(images)
     for maps, other in zip(encoder(images), rounded):
         assert (maps - other).norm() < .02 * maps.norm()
     full, half = (stage.predict(encoder, decoder, images, half) for half in (False, True))
-    same = (full.argmax(1) == half.argmax(1)).float().mean()
-    assert half.dtype == torch.float32 and len(full.argmax(1).unique()) >= 3
-    print("same pixels in bfloat16:", same)
-    assert .97 < same and 0 < (full - half).abs().mean() < .02
+    assert half.dtype == torch.float32 and 0 < (full - half).norm() < .01 * full.norm()
 
 
 def test_half_precision_keeps_sams_masks(selftrain):
@@ -612,4 +560,4 @@ def test_half_precision_keeps_sams_masks(selftrain):
     full = selftrain.sam_masks(sam, predictor.features[0], points, shape)
     with torch.autocast("cpu", torch.bfloat16):
         half = selftrain.sam_masks(sam, predictor.features[0], points, shape)
-    assert 0 < (full != half).float().mean() < .01
+    assert 0 < (full != half).float().mean() < .002

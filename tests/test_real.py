@@ -56,6 +56,7 @@ def test_a_real_cnn_gives_timms_features_of_a_real_picture():
     assert encoder.channels == [24, 40, 112, 320]
 
 
+@pytest.mark.slow
 @needs(CNN, DAY, DUSK)
 def test_training_on_real_pictures_lowers_the_loss_and_adapts_to_others(tmp_path):
     settings = ["--WORKERS=0", "--LOG_EVERY=1"]

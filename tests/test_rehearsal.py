@@ -18,6 +18,7 @@ from test_parity import write_clip
 
 import common
 
+pytestmark = pytest.mark.slow
 SIZE = 64, 128                          # rows, columns of every picture
 # ids that the labels hold: some of the 19 classes, some that are not scored
 CITYSCAPES = (0, 3, 7, 8, 11, 19, 21, 23, 26, 33)
