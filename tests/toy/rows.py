@@ -33,7 +33,7 @@ import common
 import ideas
 from common import IGNORE
 
-ROOT = Path(common.place("REPORT", "runs/report"))
+ROOT = Path(common.absolute(os.environ.get("REPORT") or common.HERE / "runs/report"))
 STYLES = ("day", "night", "snow", "fog", "rain")
 # scenes of the unseen styles straight from the renderer: a perfect generator
 RENDERED = Path(common.DATA) / "toy/rendered"
