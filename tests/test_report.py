@@ -73,7 +73,7 @@ def test_the_table_of_labels_has_right_and_labelled_per_cent():
     for style in report.STYLES:
         right = .5 if style == "fog" else .75
         found[style] = {"right": right, "labelled": .4, "miou": 30.}
-    text = report.table_of_labels({"redrawn by SAM": found})
+    text = report.table_of_labels({"redrawn by SAM": found}, report.LABELS)
     assert text.splitlines()[-1] == ("| redrawn by SAM | 75 (40) | 75 (40) | 75 (40) | 50 (40) | "
                                      "75 (40) | 70 (40) | 30.0 |")
 

@@ -41,7 +41,7 @@ from scipy.stats import t as student
 import rows                             # puts the top of the repo on the path
 import common
 from rows import HERE, ROWS, STYLES, Job, write_json
-from scores import LABELS, SCORES
+from scores import IDEA_LABELS, LABELS, SCORES
 
 RESULTS = HERE / "results.json"
 PICTURES = HERE / "pictures"
@@ -439,10 +439,10 @@ def table_of_tried(found):
     return markdown(["", "mean of five"], lines)
 
 
-def table_of_labels(found):
+def table_of_labels(found, kinds):
     """Per style: right per cent of the labelled pixels, and in brackets how many are labelled."""
     lines = []
-    for kind in (kind for kind in LABELS if kind in found):
+    for kind in (kind for kind in kinds if kind in found):
         scores = [found[kind][style] for style in STYLES]
         right = [100 * score["right"] for score in scores]
         labelled = [100 * score["labelled"] for score in scores]
@@ -614,7 +614,8 @@ def tables(results):
         "sizes": table_of_sizes(results["sizes"]),
         "tried": table_of_tried(results["tried"]),
         "models": table_of_models(results["models"]),
-        "labels": table_of_labels(results["models"].get("labels", {}))}
+        "labels": table_of_labels(results["models"].get("labels", {}), LABELS),
+        "idea_labels": table_of_labels(results["models"].get("idea_labels", {}), IDEA_LABELS)}
 
 
 def write():
