@@ -57,11 +57,11 @@ NO_OBJECT = 0.1                                     # weight of "no object" in t
 POINTS = preset(toy=512, paper=12_544)              # points per mask; Mask2Former: 112 x 112
 UNLABELLED = "ignore"                               # "negative": background of all masks (official)
 # training
-ITERATIONS = preset(toy=600, gta=40_000, synthia=30_000, cityscapes=10_000)         # paper 4.1
+ITERATIONS = preset(toy=400, gta=40_000, synthia=30_000, cityscapes=10_000)         # paper 4.1
 BATCH = 8                                           # paper 4.1
 CROP = preset(toy=(128, 256), paper=(768, 768))     # rows, columns; paper 4.1
 SCALE = preset(toy=(0.75, 1.5), paper=(0.5, 2.0))   # paper 4.1
-LR = preset(toy=1.5e-3, paper=1e-5, cityscapes=1e-4)                                # paper 4.1
+LR = preset(toy=4e-3, paper=1e-5, cityscapes=1e-4)                                # paper 4.1
 ENCODER_LR = 0.1                                    # times LR, if the encoder trains (official)
 SCHEDULE = preset(toy="poly", paper="constant", synthia="poly")     # official; not in the paper
 WARMUP = preset(toy=50, paper=0)                    # steps
@@ -73,7 +73,7 @@ SEED = 0
 WORKERS = preset(toy=0, paper=8)                    # processes that read; 0 is best on two cores
 LOG_EVERY = preset(toy=20, paper=50)
 SAVE_EVERY = preset(toy=100, paper=1_000)
-PREVIEW_EVERY = preset(toy=300, paper=2_000)
+PREVIEW_EVERY = preset(toy=200, paper=2_000)
 
 
 def check():
@@ -106,7 +106,8 @@ def check():
 def check_source(names):
     """SOURCE: a tuple of data sets, each named once, in whatever spelling. Raises Stop."""
     right = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
-    expect(right and names, f"SOURCE={names!r}: expected a tuple of data sets, as ('gta',)")
+    right = right and names and "folder:" not in names
+    expect(right, f"SOURCE={names!r}: expected a tuple of data sets, as ('gta',)")
     folders = [Path(name.removeprefix("folder:")).resolve() for name in names]
     expect(len(set(folders)) == len(names), f"SOURCE={','.join(names)}: a data set is named twice")
 
@@ -666,17 +667,21 @@ class Progress:
         self.first, self.lines, self.sums = 0, [], Counter()
         self.checkpoint = run.out / "checkpoint.pt"
         if self.checkpoint.exists():
-            self.resume(f"remove {self.checkpoint} to begin again")
+            self.resume()
 
-    def resume(self, remedy):
+    def resume(self):
+        remedy = "remove it to begin again"
         with common.explain(f"{self.checkpoint} is damaged", remedy):
             damaged = zipfile.ZipFile(self.checkpoint).testzip()        # torch.load checks no sums
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        expect(not damaged, f"{self.checkpoint} is damaged: {remedy}")
+        right = not damaged and isinstance(state, dict) and {"lines", "constants"} <= set(state)
+        right = right and state.get("step") in range(1, self.total)
+        expect(right, f"{self.checkpoint} is damaged: {remedy}")
         self.run.compare(state["constants"])
         self.first, self.lines = state["step"], state["lines"]
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            with common.explain(f"{self.checkpoint} is damaged", remedy):
+                part.load_state_dict(state[name])
             numbers = part.parameters() if isinstance(part, nn.Module) else ()
             finite = all(value.isfinite().all() for value in numbers)
             expect(finite, f"{self.checkpoint} holds what is not a number: {remedy}")

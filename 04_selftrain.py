@@ -94,6 +94,7 @@ def check():
     for name in common.constants(globals()):
         expect(name not in of_init, f"{name} is as in the run of INIT: set it in 03 and train that")
     source_stage.check_source(SOURCE)
+    expect(GENERATED != "folder:", f"{GENERATED=}: expected folder:PATH")
     expect(REFINE in ("points", "off", "vote"), f"{REFINE=}: expected points, off or vote")
     expect(UNLABELLED in ("ignore", "negative"), f"{UNLABELLED=}: expected ignore or negative")
     expect_numbers(int, 1, 10_000, SAM_POINTS=SAM_POINTS, SAM_CHUNK=SAM_CHUNK, SAM_BATCH=SAM_BATCH,
@@ -165,13 +166,16 @@ def embed_pictures(sam, files, size, half):
     weights = common.digest(v.cpu().numpy().tobytes() for v in sam.state_dict().values())
     folder = Path(RUN, "sam_embeddings", f"{weights}_{size[0]}x{size[1]}_half={half}")
     paths = [folder / f"{common.digest([file.read_bytes()])}.npy" for file in files]
-    shape = sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size
+    resize = ResizeLongestSide(sam.image_encoder.img_size)
+    seen = torch.zeros(3, *resize.get_preprocess_shape(*size, resize.target_length))
+    patch = resize.target_length // sam.prompt_encoder.image_embedding_size[0]
+    rows, columns = (side // patch for side in sam.preprocess(seen.to(sam.device)).shape[1:])
+    shape = sam.prompt_encoder.embed_dim, rows, columns
     missing = {}                                        # pictures of one content share a file
     for file, path in list(zip(files, paths))[common.RANK::common.PROCESSES]:
         if not is_embedding(path, shape):
             missing[path] = file
     missing = list(missing.items())
-    resize = ResizeLongestSide(sam.image_encoder.img_size)
     for start in tqdm(range(0, len(missing), SAM_BATCH), "SAM's embeddings", disable=None):
         part = missing[start:start + SAM_BATCH]
         pixels = np.stack([resize.apply_image(np.asarray(fit(file, size))) for _, file in part])

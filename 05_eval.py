@@ -293,10 +293,10 @@ def score_all(models, targets):
         for target, scenes in targets.items():
             title = Path(target).name
             key = f"{file.parent.name}_{title}_{weights}_{contents[target]}"
-            path = Path(OUT, "confusion", f"{key}.npy")
-            miou, each = mean_iou(score(network, scenes, path, f"{name} on {title}"))
-            scores[target] = {"miou": miou, "iou": each, "images": len(scenes),
-                              "confusion": common.portable(path.as_posix())}
+            path = f"confusion/{key}.npy"               # in OUT, which may be moved
+            matrix = score(network, scenes, Path(OUT, path), f"{name} on {title}")
+            miou, each = mean_iou(matrix)
+            scores[target] = {"miou": miou, "iou": each, "images": len(scenes), "confusion": path}
             if PANELS and len(rows) < 6 and common.RANK == 0:
                 add_to_panel(panels.setdefault(title, {}), name, network, scenes)
         mean = np.mean([found["miou"] for found in scores.values()])

@@ -366,6 +366,8 @@ class Run:
         made = {path.name for path in self.out.glob("[!.]*")}
         if self.record.exists():
             self.info = read_lines(self.record, "stage", "constants")[0]
+            expect(isinstance(self.info["constants"], dict),
+                   f"{self.record} holds no constants: remove the file, or name another --OUT")
         elif made:
             raise Stop(f"{self.out} holds files, and no run.json of these scripts: name another "
                        "--OUT, or move them away")

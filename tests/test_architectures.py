@@ -92,8 +92,8 @@ def test_sams_official_weights_are_fetched_once_and_checked(monkeypatch, tmp_pat
     there, here = tmp_path / "page" / name, tmp_path / "weights" / name
     there.parent.mkdir()
     there.write_bytes(content)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(selftrain, "SAM_FILES", {"vit_b": name})
+    monkeypatch.setattr(common, "HERE", tmp_path)
+    monkeypatch.setattr(selftrain, "sam_files", {"vit_b": name})
     monkeypatch.setattr(selftrain, "sam_page", f"file://{tmp_path}/page/")
     read = []
 
@@ -109,7 +109,7 @@ def test_sams_official_weights_are_fetched_once_and_checked(monkeypatch, tmp_pat
     assert read == [content, content]
     here.unlink()
     for _ in range(2):                              # damaged on its way; then not there at all
-        with pytest.raises(common.Stop, match="weights/ by hand") as stopped:
+        with pytest.raises(common.Stop, match="weights by hand") as stopped:
             selftrain.load_sam("vit_b")
         assert "--REFINE=off" in str(stopped.value) and not list(here.parent.iterdir())
         there.unlink(missing_ok=True)

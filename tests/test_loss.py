@@ -321,9 +321,9 @@ def test_norms_and_embeddings_do_not_decay():
     decay = {id(p): group["weight_decay"]
              for group in optimizer.param_groups for p in group["params"]}
     assert set(decay) == set(map(id, trained)) == set(map(id, decoder.parameters()))
-    still = [decoder.query.weight, decoder.query_embed.weight, decoder.level_embed.weight,
+    still = [decoder.query.weight, decoder.query_position.weight, decoder.level.weight,
              decoder.norm.weight, decoder.layers[0].norms[0].bias, decoder.smooth[0][1].weight]
-    moving = [decoder.class_head.bias, decoder.layers[0].cross.in_proj_weight,
+    moving = [decoder.class_head.bias, decoder.layers[0].cross_attention.in_proj_weight,
               decoder.layers[0].feed[0].weight, decoder.lateral[0][0].weight]
     assert {decay[id(p)] for p in still} == {0} and {decay[id(p)] for p in moving} == {.05}
 

@@ -1,5 +1,5 @@
-"""Nothing of the machine is taken for granted: the real scripts without git, home, fcntl or a writable
-checkout, from another folder, under every start method, with every kind of output."""
+"""Nothing of the machine is taken for granted: the real scripts without git, home, fcntl or a
+writable checkout, from another folder, under every start method, with every kind of output."""
 import multiprocessing
 import os
 import shutil

@@ -45,7 +45,7 @@ def test_unknown_preset_lists_the_presets(monkeypatch):
     ("--iterations=5", "expected --ITERATIONS=value"), ("BATCH=2", "expected --BATCH=value"),
     ("--BATCH", "expected --BATCH=value"), ("-BATCH=2", "expected --BATCH=value"),
     ("--CLASSES=1", "expected --"), ("--RUN=x", "expected --"), ("", "expected --"),
-    ("--LR=fast", "--LR=fast: LR is float, as 0.0015"), ("--LR=", "--LR= is empty"),
+    ("--LR=fast", "--LR=fast: LR is float, as 0.004"), ("--LR=", "--LR= is empty"),
     ("--BATCH=2.5", "BATCH is int"), ("--FREEZE_ENCODER=maybe", "FREEZE_ENCODER is bool"),
     ("--CROP=a,b", "CROP is tuple, as (128, 256)"), ("--CROP=1.5,2", "CROP is tuple")])
 def test_a_constant_given_wrongly_is_explained(refused, argument, answer):
@@ -229,7 +229,7 @@ def test_many_missing_labels_do_not_fill_the_screen(say, folder):
 
 
 @pytest.mark.parametrize("label, answer", [
-    (np.zeros((64, 32)), "it is 32 x 64, but its image is 64 x 64"),
+    (np.zeros((64, 32)), "the size of its image, (64, 64), not (32, 64)"),
     (np.full((64, 64), 12), "ids [12]"),
     (np.full((64, 64, 3), (1, 2, 3)), "colours of no class")])
 def test_a_wrong_label_is_named(say, folder, label, answer):
@@ -239,12 +239,11 @@ def test_a_wrong_label_is_named(say, folder, label, answer):
 
 
 @pytest.mark.parametrize("generated, answer", [
-    ("", "GENERATED"),
-    ("{tmp}/a.png", "expected lines of JSON with file"),
-    ("{tmp}/none.jsonl", "no "), ("{tmp}/empty.jsonl", "expected lines of JSON with file"),
-    ("{tmp}", "expected lines of JSON with file"), ("folder:{tmp}/none", "holds no picture"),
-    ("folder:", "GENERATED"), ("{tmp}/lost.jsonl", "no {tmp}/lost.png"),
-    ("{tmp}/foreign.jsonl", "no {tmp}/passwd"), ("{tmp}/other.jsonl", "expected lines of JSON")])
+    ("", "GENERATED"), ("{tmp}/a.png", "expected lines of JSON"), ("{tmp}/none.jsonl", "no "),
+    ("{tmp}/empty.jsonl", "is empty"), ("{tmp}", "expected lines of JSON"),
+    ("folder:{tmp}/none", "holds no picture"), ("folder:", "GENERATED"),
+    ("{tmp}/lost.jsonl", "no {tmp}/lost.png"), ("{tmp}/other.jsonl", "line 1: expected file"),
+    ("{tmp}/foreign.jsonl", "'../../../etc/passwd' is no name of a file")])
 def test_generated_must_be_an_index_or_a_folder_of_pictures(say, finished, tmp_path, generated,
                                                             answer):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
@@ -368,7 +367,7 @@ def test_a_record_that_is_something_else_is_named(say, tmp_path, content):
 
 def test_a_line_that_is_cut_off_is_named(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
-    with pytest.raises(common.Stop, match="log.jsonl: expected lines of JSON with step"):
+    with pytest.raises(common.Stop, match="log.jsonl: expected lines of JSON"):
         common.read_lines(tmp_path / "log.jsonl", "step")
 
 
@@ -457,23 +456,31 @@ def test_a_source_without_any_label_stops_the_run(say, folder):
     assert "no pixel has a label" in message and "check_data.py" in message
 
 
-def test_a_folder_in_which_nothing_was_made_does_not_lock_its_constants(start, say, tmp_path):
+def test_a_folder_in_which_nothing_was_made_does_not_lock_its_constants(start, say, tmp_path,
+                                                                        monkeypatch):
     out = tmp_path / "run/03_train_source"
     small = *SMALL["03_train_source"], "--ITERATIONS=1"
-    say("03_train_source", *small, "--LR=1", "--LOSS_WEIGHTS=0,0,0")        # ends at the first log
+    begin = common.Run.start
+
+    def begin_and_stop(run, *lock, **facts):
+        begin(run, *lock, **facts)
+        raise common.Stop("before anything is made")
+    monkeypatch.setattr(common.Run, "start", begin_and_stop)
+    say("03_train_source", *small, "--LR=1")
+    monkeypatch.setattr(common.Run, "start", begin)
     assert [path.name for path in out.glob("[!.]*")] == ["run.json"]
     assert start("03_train_source", *small) is None
-    assert "was made with LR=0.0015" in say("03_train_source", *small, "--LR=1")
+    assert "was made with LR=0.004" in say("03_train_source", *small, "--LR=1")
 
 
 def test_a_stage_that_another_job_finished_meanwhile_does_not_begin_again(say, tmp_path,
                                                                           monkeypatch):
     begin, result = common.Run.start, tmp_path / "run/03_train_source/model.safetensors"
 
-    def late(run, *lock):
+    def late(run, *lock, **facts):
         result.parent.mkdir(parents=True)
         result.write_text("by the other job")
-        begin(run, *lock)
+        begin(run, *lock, **facts)
     monkeypatch.setattr(common.Run, "start", late)
     assert "finished by another job" in say("03_train_source", *SMALL["03_train_source"])
     assert result.read_text() == "by the other job"

@@ -202,8 +202,8 @@ def copy_attention(ours, separate):
 
 
 def copy_layer(ours, theirs):
-    ours.cross.load_state_dict(theirs.cross_attn.state_dict())
-    copy_attention(ours.self_, theirs.self_attn)
+    ours.cross_attention.load_state_dict(theirs.cross_attn.state_dict())
+    copy_attention(ours.self_attention, theirs.self_attn)
     ours.feed[0].load_state_dict(theirs.fc1.state_dict())
     ours.feed[2].load_state_dict(theirs.fc2.state_dict())
     norms = (theirs.cross_attn_layer_norm, theirs.self_attn_layer_norm, theirs.final_layer_norm)
@@ -253,8 +253,8 @@ def test_the_decoders_queries_equal_mask2formers(monkeypatch):
     for mine, its in zip(ours.layers, theirs.decoder.layers):
         copy_layer(mine, its)
     ours.query.load_state_dict(theirs.queries_features.state_dict())
-    ours.query_embed.load_state_dict(theirs.queries_embedder.state_dict())
-    ours.level_embed.load_state_dict(theirs.level_embed.state_dict())
+    ours.query_position.load_state_dict(theirs.queries_embedder.state_dict())
+    ours.level.load_state_dict(theirs.level_embed.state_dict())
     ours.norm.load_state_dict(theirs.decoder.layernorm.state_dict())
     head = theirs.decoder.mask_predictor.mask_embedder.state_dict().values()
     for mine, its in zip(ours.mask_head.parameters(), head, strict=True):
@@ -264,7 +264,7 @@ def test_the_decoders_queries_equal_mask2formers(monkeypatch):
     pixels[:, 0] = 15                  # some masks are empty: their queries attend everywhere
     wanted = theirs([level.clone() for level in levels], pixels)
     monkeypatch.setattr(ours, "pixels", lambda features: (levels, pixels))
-    monkeypatch.setattr(stage, "position", their_position)      # ours has other channels first
+    monkeypatch.setattr(stage, "position_code", their_position)      # ours has other channels first
     classes, masks = ours(None)
     empty = (masks[:-1] <= 0).flatten(3).all(-1)
     assert empty.any() and not empty.all()
@@ -280,7 +280,7 @@ def test_the_position_code_is_mask2formers(height, width, dim):
     order = torch.arange(dim).view(2, dim // 4, 2).mT.flatten()
     maps = torch.zeros(1, dim, height, width)
     wanted = their_position(maps)[..., order]
-    assert torch.allclose(stage.position(maps), wanted, atol=1e-5)
+    assert torch.allclose(stage.position_code(maps), wanted, atol=1e-5)
 
 
 @pytest.mark.skipif("return_segmentation_scores" not in inspect.signature(
@@ -345,7 +345,7 @@ def same_spread(ours, theirs):
 def test_all_layers_begin_as_mask2formers():
     wide = stage.Decoder([192, 384, 768, 1536], 19, 256, 100, 1, 512, 1)
     layer, feed = wide.layers[0], wide.pixel_layers[0].feed
-    for attention in (layer.cross, layer.self_):
+    for attention in (layer.cross_attention, layer.self_attention):
         same_spread(attention, xavier(nn.MultiheadAttention(256, 8)))
     same_spread(layer.feed[0], xavier(nn.Linear(256, 512)))
     same_spread(layer.feed[2], xavier(nn.Linear(512, 256)))
@@ -354,7 +354,7 @@ def test_all_layers_begin_as_mask2formers():
     same_spread(wide.class_head, nn.Linear(256, 20))
     for k in (0, 2, 4):
         same_spread(wide.mask_head[k], nn.Linear(256, 256))
-    for embedding, tolerance in (wide.query, .02), (wide.query_embed, .02), (wide.level_embed, .1):
+    for embedding, tolerance in (wide.query, .02), (wide.query_position, .02), (wide.level, .1):
         assert abs(embedding.weight.std() - 1) < tolerance and embedding.weight.mean().abs() < .2
     same_spread(wide.mask_features, filled(256, 1))
     same_spread(wide.smooth[3][0], filled(256, 3))
@@ -424,8 +424,8 @@ def test_embeddings_are_sam_predictors_in_half_precision(selftrain, tmp_path, ma
     for k in range(3):
         files.append(tmp_path / f"{k}.png")
         common.Image.fromarray(scene((128, 256), k)).save(files[-1])
-    selftrain.CROP, selftrain.SAM_BATCH = (128, 256), batch
-    paths = selftrain.embed_pictures(sam, files)
+    selftrain.SAM_BATCH = batch
+    paths = selftrain.embed_pictures(sam, files, (128, 256), False)
     predictor = SamPredictor(sam)
     for file, path in zip(files, paths):
         predictor.set_image(np.asarray(common.read_image(file)))

@@ -1,5 +1,5 @@
-"""Several processes under torchrun are one: loss and gradients, the stages' files, work that is shared
-and not repeated, several nodes. Gloo, on the loopback address."""
+"""Several processes under torchrun are one: loss and gradients, the stages' files, work that is
+shared and not repeated, several nodes. Gloo, on the loopback address."""
 import json
 import socket
 import subprocess

@@ -2,6 +2,7 @@
 the rules around it; pieces are compared with a plain union-find, and the whole with the paper's
 rule (3.3) written out."""
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from common import IGNORE
 from conftest import fresh
 
 SAM = common.HERE / "tests/toy/weights/sam"
+
 
 @pytest.fixture
 def stage():
@@ -210,13 +212,19 @@ def test_embeddings_are_made_once_and_belong_to_a_pictures_content(stage, painte
     stage.RUN = str(tmp_path)
     sam, calls = stage.load_sam(str(SAM)), []
     sam.image_encoder.register_forward_hook(lambda *a: calls.append(1))
-    paths = stage.embed_pictures(sam, painted, (64, 96), False)
-    assert len(calls) == 3 and stage.embed_pictures(sam, painted, (64, 96), False) == paths and len(calls) == 3
+    embed = partial(stage.embed_pictures, sam, size=(64, 96), half=False)
+    paths = embed(painted)
+    assert len(calls) == 3 and embed(painted) == paths and len(calls) == 3
     paths[1].unlink()
-    stage.embed_pictures(sam, painted, (64, 96), False)
+    embed(painted)
     assert len(calls) == 4                                      # only what is missing is made again
+    np.save(paths[1], np.load(paths[1])[:, :2])                 # another shape
+    np.save(paths[0], np.load(paths[0]) * np.nan)
+    embed(painted)
+    assert len(calls) == 6 and np.isfinite(np.load(paths[0])).all()
     Image.new("RGB", (96, 64)).save(painted[2])                 # another picture, the old name
-    assert stage.embed_pictures(sam, painted, (64, 96), False)[2] != paths[2] and len(calls) == 5
+    assert embed(painted)[2] != paths[2] and len(calls) == 7
+    assert embed([painted[0]] * 2) == [paths[0]] * 2 and len(calls) == 7
 
 
 @pytest.mark.parametrize("part", ["down.0.0.weight", "down.0.1.running_mean"])

@@ -52,7 +52,8 @@ def waits(monkeypatch, start, finished, tmp_path):
             every = [f"--{name}_EVERY=1000" for name in ("LOG", "SAVE", "PREVIEW")]
             with mode:
                 assert start(stage, *SMALL[stage], f"--ITERATIONS={steps}", *every, *arguments,
-                             f"--OUT={tmp_path}/{steps}{len(arguments)}", run=finished[0]) is None
+                             f"--OUT={tmp_path}/{stage}{steps}{len(arguments)}",
+                             run=finished[0]) is None
             counts.append(mode.count)
         return counts[1] - counts[0]
     return call

@@ -54,12 +54,14 @@ class Training:
     """A run of 03 or 04 whose functions are watched.
 
     calls: {function: [(arguments, what it returned)]}; seen: the pictures that the student saw in
-    each step; teachers: a weight of the teacher in each; start: the weights before the first step.
+    each step; teachers: a weight of the teacher in each; seeds: of the loss's random points; start:
+    the weights before the first step.
     invert: all colours, in place of the colour jitter. noise: relative, on the first weights."""
 
     def __init__(self, name, root, out, *arguments, invert=True, noise=0., steps=10 ** 9):
         self.name, self.root, self.invert, self.noise, self.steps = name, root, invert, noise, steps
-        self.calls, self.seen, self.teachers = {name: [] for name in WATCHED}, [], []
+        self.calls = {name: [] for name in WATCHED}
+        self.seen, self.teachers, self.seeds = [], [], []
         self.truth, self.source = scenes(root / "toy/day"), scenes(root / "toy/game_train")
         arguments = [*FEW[name], *arguments, "--LOG_EVERY=1", "--WORKERS=0", f"--OUT={out}"]
         if name == "04_selftrain":
@@ -109,6 +111,8 @@ class Training:
         def call(*arguments, **options):
             if name == "mask_loss" and len(self.calls[name]) == self.steps:
                 raise common.Stop("enough")
+            if name == "mask_loss":
+                self.seeds.append(torch.initial_seed())
             result = function(*arguments, **options)
             self.calls[name].append((arguments, result))
             return result
@@ -157,6 +161,7 @@ def test_03_learns_each_picture_with_its_label_both_flipped_or_none(root, tmp_pa
         assert torch.equal(label, run.source[k][1].flip(1) if flipped else run.source[k][1])
         flips.append(flipped)
     assert len(flips) == 8 and len(set(flips)) == 2
+    assert len(set(run.seeds)) == 2                 # other random points at every step
 
 
 def test_04_learns_source_labels_and_those_that_sam_redrew_flipped_with_the_students_view(
@@ -191,6 +196,7 @@ def test_sams_points_differ_from_picture_to_picture_and_from_step_to_step(two_st
     drawn = [prompts for _, (_, prompts) in two_steps.calls["refine"]]
     firsts = {tuple(prompts[0, 0]) for prompts in drawn}
     assert all(len(prompts) > 3 for prompts in drawn) and len(firsts) > 4
+    assert len(set(two_steps.seeds)) == 2                   # and those of the loss
 
 
 def test_the_loss_gets_the_constants_of_the_run_of_03(two_steps):

@@ -56,7 +56,7 @@ def test_a_caption_names_what_is_there_and_parses_as_a_prompt():
         _, label, _, caption = world.draw(seed, "night")
         if "a street in" in caption:            # nothing in it is large enough to be named
             continue
-        prompt, named = stage.parse(caption, table)
+        [(prompt, named)] = stage.parse(caption, table)
         assert prompt == caption
         for name in named:
             assert (label == world.CLASSES.index(name)).sum() >= 60
