@@ -622,8 +622,9 @@ def write():
     results = gather()
     for name, (title, wanted) in FIGURES.items():
         draw_figure(PICTURES / f"{name}.png", results["rows"], title, wanted)
-    if set(TABLE4) & set(results["rows"]):
-        draw_bars(PICTURES / "table4.png", results["rows"], TABLE4)
+    enough = {name: row for name, row in results["rows"].items() if len(row) >= len(FEW_SEEDS)}
+    if set(TABLE4) & set(enough):
+        draw_bars(PICTURES / "table4.png", enough, TABLE4)
     text = (HERE / "report.md").read_text()
     for name, part in tables(results).items():
         text = text.replace("{" + name + "}", part)
@@ -649,8 +650,13 @@ def compare(run):
     for stage, row in (("03_train_source", "source"), ("04_selftrain", "sam")):
         common.expect(stage in mine, f"{scored} has no {stage}: run 05_eval.py after it")
         compare_logs(Path(run, stage), HERE / f"log_{stage[:2]}.jsonl")
-        seeds, found = results["rows"][row], {}
-        found["loss at the end"] = last_loss(Path(run, stage)), list(results["loss"][row].values())
+        seeds, found = results["rows"].get(row, {}), {}
+        if len(seeds) < len(FEW_SEEDS):     # too few have been trained since the scripts changed
+            seeds = results["before"]["rows"][row]
+            print(f"  the seeds below are of commit {results['before']['code']}")
+        else:
+            losses = list(results["loss"][row].values())
+            found["loss at the end"] = last_loss(Path(run, stage)), losses
         for target, scores in mine[stage].items():
             style = Path(target).name
             found[style] = scores["miou"], [scores[style]["miou"] for scores in seeds.values()]
