@@ -63,7 +63,7 @@ SAM = preset(toy=f"{MINIATURES}/sam", paper="vit_h")    # vit_b, vit_l; official
 SAM_POINTS = 5                                      # random points per component (Figure 6)
 SAM_MIN_AREA = preset(toy=100, paper=5_000)         # pixels of a component (Figure 6), at CROP
 SAM_CHUNK = 64                                      # prompts per pass of SAM's decoder
-SAM_BATCH = preset(toy=1, paper=8)                  # pictures per pass of SAM's encoder
+SAM_BATCH = preset(toy=1, paper=4)                  # pictures per pass of SAM's encoder: 15 GB
 UNLABELLED = "ignore"                               # "negative": background of all masks (official)
 # teacher
 EMA = preset(toy=0.98, paper=0.999)                 # alpha of eq. 2; 1: a teacher that never moves

@@ -54,14 +54,15 @@ class Training:
     """A run of 03 or 04 whose functions are watched.
 
     calls: {function: [(arguments, what it returned)]}; seen: the pictures that the student saw in
-    each step; teachers: a weight of the teacher in each; seeds: of the loss's random points; start:
-    the weights before the first step.
+    each step; teachers: a weight of the teacher in each; seeds: of the loss's random points; norms:
+    of the gradient of each step's loss; start: the weights before the first step.
     invert: all colours, in place of the colour jitter. noise: relative, on the first weights."""
 
-    def __init__(self, name, root, out, *arguments, invert=True, noise=0., steps=10 ** 9):
-        self.name, self.root, self.invert, self.noise, self.steps = name, root, invert, noise, steps
+    def __init__(self, name, root, out, *arguments, invert=True, noise=0., seed=0,
+                 steps=10 ** 9):
+        self.invert, self.noise, self.seed, self.steps = invert, noise, seed, steps
         self.calls = {name: [] for name in WATCHED}
-        self.seen, self.teachers, self.seeds = [], [], []
+        self.seen, self.teachers, self.seeds, self.norms = [], [], [], []
         self.truth, self.source = scenes(root / "toy/day"), scenes(root / "toy/game_train")
         arguments = [*FEW[name], *arguments, "--LOG_EVERY=1", "--WORKERS=0", f"--OUT={out}"]
         if name == "04_selftrain":
@@ -82,7 +83,7 @@ class Training:
 
         def make_optimizer(*arguments):
             self.optimizer, trained = make(*arguments)
-            generator = torch.Generator().manual_seed(0)
+            generator = torch.Generator().manual_seed(self.seed)
             with torch.no_grad():
                 for weight in trained:
                     random = torch.randn(weight.shape, generator=generator)
@@ -114,6 +115,12 @@ class Training:
             if name == "mask_loss":
                 self.seeds.append(torch.initial_seed())
             result = function(*arguments, **options)
+            if name == "mask_loss":
+                weights = sum((group["params"] for group in self.optimizer.param_groups), [])
+                found = torch.autograd.grad(result[0], weights, retain_graph=True,
+                                            allow_unused=True)
+                squares = [g.double().square().sum() for g in found if g is not None]
+                self.norms.append(float(sum(squares).sqrt()))
             self.calls[name].append((arguments, result))
             return result
         if function:
@@ -162,6 +169,7 @@ def test_03_learns_each_picture_with_its_label_both_flipped_or_none(root, tmp_pa
         flips.append(flipped)
     assert len(flips) == 8 and len(set(flips)) == 2
     assert len(set(run.seeds)) == 2                 # other random points at every step
+    assert [row["norm"] for row in run.log] == pytest.approx(run.norms, rel=1e-3)   # of it alone
 
 
 def test_04_learns_source_labels_and_those_that_sam_redrew_flipped_with_the_students_view(
@@ -197,6 +205,10 @@ def test_sams_points_differ_from_picture_to_picture_and_from_step_to_step(two_st
     firsts = {tuple(prompts[0, 0]) for prompts in drawn}
     assert all(len(prompts) > 3 for prompts in drawn) and len(firsts) > 4
     assert len(set(two_steps.seeds)) == 2                   # and those of the loss
+
+
+def test_each_step_of_04_follows_the_gradient_of_its_own_loss(two_steps):
+    assert [row["norm"] for row in two_steps.log] == pytest.approx(two_steps.norms, rel=1e-3)
 
 
 def test_the_loss_gets_the_constants_of_the_run_of_03(two_steps):
@@ -250,9 +262,9 @@ RUNS = {"03_train_source": ["--ITERATIONS=20", "--POINTS=256", "--LR=0.003", "--
         "04_selftrain": ["--ITERATIONS=20", "--LR=0.003", "--WARMUP=3"]}
 
 
-def losses(name, root, out, noise):
-    """Of the first four steps -> (4, 4)"""
-    run = Training(name, root, out, *RUNS[name], invert=False, noise=noise, steps=4)
+def losses(name, root, out, noise, seed=0):
+    """Of the first three steps -> (3, 4)"""
+    run = Training(name, root, out, *RUNS[name], invert=False, noise=noise, seed=seed, steps=3)
     return np.array([[row[key] for key in ("loss", "class", "mask", "dice")] for row in run.log])
 
 
@@ -260,13 +272,15 @@ def losses(name, root, out, noise):
 @pytest.mark.parametrize("name", NAMES)
 def test_golden_losses_of_the_first_steps(root, tmp_path, name):
     """The first step has hardly any rounding behind it. Later ones may move as far as they do if
-    the first weights move by 1e-5, some hundred times their rounding."""
+    the first weights move by 1e-5, some hundred times their rounding. From the fourth on a single
+    bit decides which query a class is matched to."""
     found = losses(name, root, tmp_path / "0", 0.)
     if os.environ.get("GOLDEN") == "write":
         golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
         golden[name] = [[round(number, 5) for number in row] for row in found.tolist()]
         GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
     wanted = np.array(json.loads(GOLDEN.read_text())[name])
-    moved = np.abs(losses(name, root, tmp_path / "1", 1e-5) - found).max(1, keepdims=True)
+    others = [losses(name, root, tmp_path / str(seed), 1e-5, seed) for seed in (1, 2)]
+    moved = np.abs(np.array(others) - found).max((0, 2))[:, None]
     assert moved[0] < .01 and moved.max() < .5              # of some 40
-    assert (np.abs(found - wanted) <= 3e-4 * wanted + 3 * moved).all()
+    assert (np.abs(found - wanted) <= 5e-4 * wanted + 3 * moved).all(), (found, wanted, moved)
