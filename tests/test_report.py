@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 
+import ideas
 import numpy as np
 import pretrain
 import pytest
@@ -39,19 +40,32 @@ def selftrain():
 
 # ------------------------------------------------------------------- tables and figures
 def test_differences_are_paired_by_seed():
-    results = {"rows": {"source_only": row_of(10., 20., 30.), "sam": row_of(12., 22., 32.)}}
-    lines = report.table(results, {"source_only": "a", "sam": "b"}, "source_only").splitlines()
-    assert lines[2].endswith("| 20.0 | 20.0 | **20.0** ± 10.0 | 3 |  |")
-    assert lines[3].endswith("| 22.0 | 22.0 | **22.0** ± 10.0 | 3 | +2.0 ± 0.0 |")
+    found = {"source_only": row_of(10., 20., 30.), "sam": row_of(12., 22., 35.)}
+    lines = report.table(found, {"source_only": "a", "sam": "b"}, "source_only").splitlines()
+    assert lines[2].endswith("| 20.0 | 20.0 | **20.0** ± 10.0 | 3 |  |  |")
+    # 2, 2 and 5: mean 3, deviation the root of 3; 4.303 of its errors are 4.303 * 1
+    assert lines[3].endswith("| 23.0 | **23.0** ± 11.5 | 3 | +3.0 ± 1.7 | -1.3 to +7.3 |")
 
 
 def test_one_seed_has_no_spread_and_a_row_that_was_not_run_is_left_out():
-    results = {"rows": {"source_only": row_of(10.), "sam": row_of(13., 99.)}}
+    found = {"source_only": row_of(10.), "sam": row_of(13., 99.)}
     titles = {"source_only": "a", "sam": "b", "raw": "c"}
-    lines = report.table(results, titles, "source_only").splitlines()
+    lines = report.table(found, titles, "source_only").splitlines()
     assert len(lines) == 4
-    assert "**10.0** | 1 |" in lines[2] and lines[3].endswith("| 2 | +3.0 |")
-    assert report.table_of_classes(results, titles).splitlines()[2] == "| a |" + " 10 |" * 12
+    assert "**10.0** | 1 |" in lines[2] and lines[3].endswith("| 2 | +3.0 |  |")
+    assert report.table_of_classes(found, titles).splitlines()[2] == "| a |" + " 10 |" * 12
+
+
+def test_numbers_of_an_earlier_commit_are_never_shown_as_todays():
+    results = {"rows": {"a": row_of(1.), "b": row_of(2.)}, "code": {"a": ["new"], "b": ["new"]},
+               "before": {"code": "old", "rows": {"a": row_of(8.), "c": row_of(9.)}}}
+
+    def parts(*wanted):
+        text = report.now_and_before(results, report.table, dict.fromkeys(wanted, "title"), "a")
+        return re.findall(r"commit (\w+)|\*\*(\d.0)\*\*", text.replace("Commit", "commit"))
+    assert parts("a", "b") == [("new", ""), ("", "1.0"), ("", "2.0")]
+    assert parts("a", "c") == [("old", ""), ("", "8.0"), ("", "9.0")]
+    assert [b or a for a, b in parts("a", "b", "c")] == ["new", "1.0", "2.0", "old", "8.0", "9.0"]
 
 
 def test_the_table_of_labels_has_right_and_labelled_per_cent():
@@ -59,31 +73,32 @@ def test_the_table_of_labels_has_right_and_labelled_per_cent():
     for style in report.STYLES:
         right = .5 if style == "fog" else .75
         found[style] = {"right": right, "labelled": .4, "miou": 30.}
-    text = report.table_of_labels({"redrawn by SAM": found})
+    text = report.table_of_labels({"redrawn by SAM": found}, report.LABELS)
     assert text.splitlines()[-1] == ("| redrawn by SAM | 75 (40) | 75 (40) | 75 (40) | 50 (40) | "
                                      "75 (40) | 70 (40) | 30.0 |")
 
 
 def test_a_figure_is_drawn_of_rows_that_have_all_seeds(tmp_path):
-    results = {"rows": {"source_only": row_of(30., 31., 32.), "sam": row_of(34., 35., 36.),
-                        "points_1": row_of(33., 33., 34.), "points_10": row_of(40.)}}
+    found = {"source_only": row_of(30., 31., 32.), "sam": row_of(34., 35., 36.),
+             "points_1": row_of(33., 33., 34.), "points_10": row_of(40.)}
     title, wanted = report.FIGURES["figure6_points"]
-    assert report.draw_figure(tmp_path / "f.png", results, title, wanted)
+    assert report.draw_figure(tmp_path / "f.png", found, title, wanted)
     assert Image.open(tmp_path / "f.png").size == (520, 300)
-    del results["rows"]["sam"]
-    assert not report.draw_figure(tmp_path / "g.png", results, title, wanted)
+    del found["sam"]
+    assert not report.draw_figure(tmp_path / "g.png", found, title, wanted)
     assert not (tmp_path / "g.png").exists()
 
 
 def test_bars_leave_out_rows_that_were_not_run(tmp_path):
-    results = {"rows": {"sam": row_of(36., 38.)}}
-    report.draw_bars(tmp_path / "bars.png", results, report.TABLE4)
-    report.draw_bars(tmp_path / "same.png", results, {"sam": report.TABLE4["sam"]})
+    found = {"sam": row_of(36., 38.)}
+    report.draw_bars(tmp_path / "bars.png", found, report.TABLE4)
+    report.draw_bars(tmp_path / "same.png", found, {"sam": report.TABLE4["sam"]})
     assert (tmp_path / "bars.png").read_bytes() == (tmp_path / "same.png").read_bytes()
 
 
 def test_every_row_of_every_table_can_be_run_and_has_constants_of_its_stage():
-    named = {*report.TABLE4, *report.TABLE5, *report.ORACLES, *report.ABLATIONS}
+    named = {*report.TABLE4, *report.TABLE5, *report.ORACLES, *report.ABLATIONS,
+             *report.SETTINGS, *report.IDEAS, *rows.SOURCES, *rows.SOURCES.values()}
     for _, wanted in report.FIGURES.values():
         named |= set(wanted.values())
     changes = [*report.TRIED.values(), *report.SIZES.values()]
@@ -99,15 +114,20 @@ def test_every_row_of_every_table_can_be_run_and_has_constants_of_its_stage():
 def test_results_of_rows_that_are_no_more_are_dropped_and_others_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "ROOT", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results.json")
-    old = {"rows": {"purity": row_of(1.), "raw": row_of(2.), "sam": row_of(3., 4.)}, "models": {}}
+    old = {"rows": {"purity": row_of(1.), "raw": row_of(2.), "sam": row_of(3., 4.)},
+           "before": {"code": "old", "rows": {"sam": row_of(7.)}}}
     (tmp_path / "results.json").write_text(json.dumps(old))
     styles = {s: {"miou": 5., "iou": dict.fromkeys(common.CLASSES, 5.)} for s in report.STYLES}
     rows.folder_of("sam", 1).mkdir(parents=True)
-    new = {"row": "sam", "seed": 1, "split": "test", "mean": 5., "styles": styles}
+    new = {"row": "sam", "seed": 1, "code": "new", "mean": 5., "styles": styles}
+    lines = "".join(json.dumps({"step": 20 * i, "loss": i}) + "\n" for i in range(1, 11))
     (rows.folder_of("sam", 1) / "test.json").write_text(json.dumps(new))
+    (rows.folder_of("sam", 1) / "log.jsonl").write_text(lines)
     results = report.gather()
-    assert set(results["rows"]) == {"raw", "sam"}
+    assert set(results["rows"]) == {"raw", "sam"} and results["validation"] == {}
     assert [report.mean_of(results["rows"]["sam"], seed) for seed in "01"] == [3., 5.]
+    assert results["loss"] == {"sam": {"1": 8.}} and results["code"] == {"sam": ["new"]}
+    assert results["before"] == old["before"]           # the mean of 6 to 10 is 8
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
@@ -118,16 +138,18 @@ def test_the_readmes_hold_the_numbers_of_results_json():
         assert part in text
     readme = (ROOT / "README.md").read_text()
     for stage, found in results["toy"].items():
-        minutes = re.search(rf"`{stage}.py` .* ([\d.]+) min \|", readme)[1]
-        assert minutes == f"{found['seconds'] / 60:.1f}"
+        line = re.search(rf"\| `python {stage}.py` \|.*", readme)[0]
+        assert line.endswith(f"| {found['seconds']:.0f} s |")
     for stage in ("03_train_source", "04_selftrain"):
         scores = results["toy"][stage]["miou"]
         line = [stage, *(f"{score:.1f}" for score in scores), f"**{np.mean(scores):.1f}**"]
         assert f"| {' | '.join(line)} |" in readme
     for name in ("source", "source_only", "sam"):
-        row = results["rows"][name]
+        row = results["rows"].get(name, {})
+        if len(row) < 3:
+            row = results["before"]["rows"][name]
         mean, spread = report.mean_and_spread([report.mean_of(row, seed) for seed in row])
-        assert len(row) == 5 and f"{mean:.1f} ± {spread:.1f}" in readme
+        assert f"{mean:.1f} ± {spread:.1f}" in readme
 
 
 # ------------------------------------------------------------------- oracles
@@ -157,9 +179,9 @@ def test_the_truth_takes_the_place_of_embedding_and_label(selftrain, oracle, tmp
         Image.fromarray(label).save(tmp_path / kind / "000000.png")
     rows.with_oracle(oracle, selftrain)
     files = [tmp_path / "images/000000.png"]
-    embeddings = selftrain.embed_pictures(None, files)
-    pictures = selftrain.PaintedPictures(files, embeddings, 0, (128, 256))
-    *_, truth = pictures[0]
+    embeddings = selftrain.embed_pictures(None, files, (128, 256), False)
+    pictures = selftrain.PaintedPictures(files, embeddings, (0, 4), (128, 256))
+    *_, truth, _ = pictures[0]
     rough = torch.zeros(128, 256, dtype=torch.long)
     refined, _ = selftrain.refine(None, truth, rough, np.random.default_rng(0))
     # a teacher that sees class 0 everywhere prompts with one piece; true masks cut it to the truth
@@ -193,6 +215,94 @@ def test_the_random_tower_is_clip_with_other_numbers(tmp_path, monkeypatch):
         assert a.dim() < 4 or not torch.equal(a, b)
 
 
+# ------------------------------------------------------------------- ideas
+def with_idea(stage, name, scores, redrawn):
+    """Pseudo-labels under an idea, for pictures with these teacher's scores (B, C, H, W), of which
+    SAM made `redrawn` int64 (B, H, W)."""
+    stage.predict = lambda *arguments: scores
+    stage.redraw = lambda sam, embeddings, rough, items: (redrawn, ["points"])
+    ideas.IDEAS[name](stage)
+    rough = stage.predict(None, None, None).argmax(1)
+    return stage.redraw(None, torch.zeros(1, 1), rough, [0])[0].tolist()
+
+
+def test_the_surest_half_of_the_pixels_keeps_its_label(selftrain):
+    scores = torch.tensor([[[[.5, .95], [.7, .2]], [[.1, 0], [.1, .6]]]])
+    redrawn = torch.tensor([[[3, 4], [5, IGNORE]]])
+    assert with_idea(selftrain, "surest half", scores, redrawn) == [[[IGNORE, 4], [5, IGNORE]]]
+
+
+def test_where_sam_left_none_a_sure_teachers_label_is_taken(selftrain):
+    scores = torch.tensor([[[[.5, .95], [.91, .2]], [[.1, 0], [.1, .6]]]])
+    redrawn = torch.tensor([[[IGNORE, IGNORE], [5, IGNORE]]])
+    found = with_idea(selftrain, "sure besides SAM", scores, redrawn)
+    assert found == [[[IGNORE, 0], [5, IGNORE]]]
+
+
+def test_a_grids_masks_take_the_majority_of_the_sure_pixels(selftrain):
+    masks = torch.zeros(3, 2, 4, dtype=torch.bool)
+    masks[0, :, 2:], masks[1], masks[2, 0, 3] = True, True, True
+    selftrain.sam_masks = lambda sam, embedding, points, shape: masks
+    high = torch.tensor([[.95, .95, .95, .5], [.95, .95, .95, .5]])
+    scores = torch.stack((high, 1 - high, torch.zeros(2, 4)))[None]
+    scores[0, :, :, 2] = torch.tensor([0, 0, .99])[:, None]
+    # below: class 0, for 4 of the 6 sure pixels; on it the right half, class 2; on that one pixel
+    # of which none is sure
+    found = with_idea(selftrain, "grid", scores, None)
+    assert found == [[[0, 0, 2, 2], [0, 0, 2, 2]]]
+
+
+def test_the_mirrored_teacher_is_the_mean_of_both_views(selftrain):
+    selftrain.predict = lambda encoder, decoder, images, half: images * torch.tensor([1., 0.])
+    ideas.mirror(selftrain)
+    found = selftrain.predict(None, None, torch.tensor([[[[2., 4.]]]]), False)
+    assert found.tolist() == [[[[1., 2.]]]]         # [2, 0] and [4, 0] mirrored: [0, 4]
+
+
+def test_the_ramp_begins_at_a_half(selftrain):
+    seen = []
+    selftrain.update_teacher = lambda teacher, student, alpha: seen.append(alpha)
+    ideas.ramp(selftrain)
+    for _ in range(60):
+        selftrain.update_teacher(None, None, .98)
+    assert seen[:3] == pytest.approx([1 / 2, 2 / 3, 3 / 4]) and seen[48] == seen[59] == .98
+
+
+def test_only_painted_pictures_lose_their_dice(selftrain):
+    def mask_loss(classes, masks, labels, points, weights, *rest):
+        return labels.sum() * weights[2], {}
+    selftrain.mask_loss, selftrain.N_SOURCE = mask_loss, 2
+    ideas.no_dice(selftrain)
+    logits = torch.zeros(1, 3, 1)
+    loss, _ = selftrain.mask_loss(logits, logits, torch.tensor([1., 2., 4.]), 9, (2., 5., 3.))
+    assert loss == pytest.approx((1 + 2) * 3 * 2 / 3)
+
+
+def test_masks_unlike_their_piece_are_dropped_and_points_are_deep(selftrain):
+    label = np.zeros((8, 16), np.uint8)
+    label[:, 8:] = 1
+    piece, _, area = selftrain.components(label)
+    masks = torch.zeros(2, 8, 16, dtype=torch.bool)
+    masks[0, :, :8], masks[1, :, :12] = True, True          # IoU 1, and 4 of 16 columns
+    selftrain.sam_masks = lambda *arguments: masks
+    for idea in ("deep points", "like its piece"):
+        ideas.IDEAS[idea](selftrain)
+    random = np.random.default_rng(0)
+    points = selftrain.random_points(piece, area, np.array([1, 2]), 20, random)
+    assert points[0, :, 0].max() < 7 and points[1, :, 0].min() > 8
+    found = selftrain.sam_masks(None, None, points, (8, 16))
+    assert torch.equal(found[0], masks[0]) and not found[1].any()
+
+
+def test_prompts_keep_their_place_and_name_as_many_classes_as_asked():
+    prompts = ["a photo of a car in the dark", "a photo of two cars and a bus in a town in winter"]
+    for count in (1, 4):
+        lines = ideas.prompts_naming(count, prompts)
+        for line, place in zip(lines, ("the dark", "a town in winter"), strict=True):
+            things, found = re.fullmatch(r"a photo of (.+?) in (.+)", line).groups()
+            assert found == place and len(re.split(", | and ", things)) == count
+
+
 # ------------------------------------------------------------------- running
 def test_a_row_of_stage_04_waits_for_its_source(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "ROOT", tmp_path)
@@ -222,6 +332,7 @@ def test_a_row_is_trained_and_scored_once(tmp_path, data):
     kept = tmp_path / "report/seed1/source/test.json"
     found, time = json.loads(kept.read_text()), kept.stat().st_mtime_ns
     assert set(found["styles"]) == {"game", *report.STYLES} and found["seed"] == 1
+    assert found["code"] == rows.code()
     mean = np.mean([found["styles"][style]["miou"] for style in report.STYLES])
     assert found["mean"] == pytest.approx(mean, abs=.001)
     again = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
@@ -232,6 +343,47 @@ def test_a_wrong_command_prints_the_help():
     for arguments in ([], ["nothing"], ["run", "no_row"], ["write", "sam"]):
         with pytest.raises(SystemExit, match="report.py all"):
             report.main(*arguments)
+
+
+# ------------------------------------------------------------------- a run of your own
+def write_run(folder, scores, losses):
+    """What compare() reads of a run: {stage: mIoU of every style}, {stage: losses}"""
+    lines = []
+    for stage, score in scores.items():
+        targets = {f"folder:data/toy/{style}": {"miou": score} for style in report.STYLES}
+        lines.append({"name": stage, "targets": targets})
+        text = "".join(json.dumps({"step": 20 * i, "loss": loss}) + "\n"
+                       for i, loss in enumerate(losses[stage], 1))
+        (folder / stage).mkdir(parents=True)
+        (folder / stage / "log.jsonl").write_text(text)
+    (folder / "05_eval").mkdir()
+    (folder / "05_eval/results.json").write_text(json.dumps({"rows": lines}))
+
+
+def test_a_run_is_compared_with_the_spread_of_the_seeds(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results.json")
+    seeds = {"source": row_of(30., 32., 34.), "sam": row_of(36., 38., 40.)}
+    losses = {"source": {"0": 14., "1": 15., "2": 16.}, "sam": {"0": 15., "1": 16., "2": 17.}}
+    report.RESULTS.write_text(json.dumps({"rows": seeds, "loss": losses}))
+    for log in ("log_03.jsonl", "log_04.jsonl"):
+        (tmp_path / log).write_text('{"step": 20, "loss": 20}\n{"step": 40, "loss": 10}\n')
+    both = dict.fromkeys(("03_train_source", "04_selftrain"), [20., 10.5])
+    # of 30, 32 and 34 a further one lies within 32 plus or minus 4.303 * 2 * sqrt(4 / 3) = 9.94
+    write_run(tmp_path / "good", {"03_train_source": 41.9, "04_selftrain": 38.}, both)
+    assert report.compare(tmp_path / "good") == 0
+    said = capsys.readouterr().out
+    assert "within 5.0 % of the shipped log of seed 0, from step 40 on" in said
+    assert "a further one 22.1 to 41.9" in said and "all numbers lie" in said
+    write_run(tmp_path / "bad", {"03_train_source": 42., "04_selftrain": 38.}, both)
+    assert report.compare(tmp_path / "bad") == 6        # five styles and their mean
+    with pytest.raises(common.Stop, match="05_eval.py writes it"):
+        report.compare(tmp_path / "none")
+    new = {"rows": {"source": row_of(1.)}, "before": {"code": "old", "rows": seeds}}
+    report.RESULTS.write_text(json.dumps(new))          # a single seed of today's code
+    capsys.readouterr()
+    assert report.compare(tmp_path / "good") == 0
+    assert "the seeds below are of commit old" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------- scores of the models

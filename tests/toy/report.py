@@ -4,6 +4,8 @@ report: the paper's tables and figures in miniature. Trains every row, scores it
     python tests/toy/report.py all          everything below, in this order
     python tests/toy/report.py run          rows of Tables 4 and 5 and of the oracles, all seeds
     python tests/toy/report.py ablations    rows of Figures 5 and 6 and beyond, seeds 0, 1, 2
+    python tests/toy/report.py ideas        what the paper could try next: the same, on validation
+                                            scenes, as are 03's steps and rate
     python tests/toy/report.py tried        other settings: seed 0, validation scenes
     python tests/toy/report.py sizes        the decoder in other sizes: seed 0, validation scenes
     python tests/toy/report.py seconds      what a step of each size takes: on an idle machine
@@ -11,12 +13,15 @@ report: the paper's tables and figures in miniature. Trains every row, scores it
     python tests/toy/report.py pictures     Figures 2, 3 and 4, from seed 0
     python tests/toy/report.py write        runs/report -> results.json, figures, README.md
 
+    python tests/toy/report.py compare RUN  does your run of the toy preset lie where ours lie?
+
 `run raw,sam 0,1` trains some rows of some seeds only. Constants behind a command (--ITERATIONS=4)
 hold for all its rows. Rows lie in runs/report/seedS/ROW, two are trained at a time, on one core
 each, and a command that was stopped goes on where it was. What each row is, says rows.py.
 
-results.json holds scores of the test split, except `tried` and `sizes`, which are of the validation
-split; what is in it and not in runs/report is kept. README.md is report.md with the tables in it.
+results.json holds scores of the test split, except `validation`, `tried` and `sizes`, which are of
+the validation split; what is in it and not in runs/report is kept. `before` are the scores that an
+earlier commit had. README.md is report.md with the tables in it.
 """
 import json
 import re
@@ -31,11 +36,12 @@ import numpy as np
 import torch
 import world
 from matplotlib.figure import Figure
+from scipy.stats import t as student
 
 import rows                             # puts the top of the repo on the path
 import common
 from rows import HERE, ROWS, STYLES, Job, write_json
-from scores import LABELS, SCORES
+from scores import IDEA_LABELS, LABELS, SCORES
 
 RESULTS = HERE / "results.json"
 PICTURES = HERE / "pictures"
@@ -77,6 +83,31 @@ ABLATIONS = {
     "area_280": "pieces from 280 px on (0.85 % of the picture, as the paper)",
     "area_560": "pieces from 560 px on",
     "source_only": "no painted scenes"}
+SETTINGS = {                # pairs: the second is compared with the first
+    "source": "03: 400 steps, learning rate 4e-3",
+    "source_600": "03: 600 steps, learning rate 1.5e-3",
+    "source_only": "04, source only, after 400 steps of 03",
+    "source_only_600": "04, source only, after 600",
+    "sam": "04, SAM, after 400 steps of 03",
+    "sam_600": "04, SAM, after 600"}
+IDEAS = {
+    "sam": "as shipped",
+    "source_only": "no painted scenes",
+    "four_classes": "(a) prompts that name four classes",
+    "one_class": "(a) prompts that name one class",
+    "no_dice": "(b) no dice loss on painted pictures",
+    "grid": "(c) SAM's masks of a grid of points, majority of the teacher's sure pixels",
+    "surest_half": "(d) only the surest half of the pixels, after SAM",
+    "surest_half_raw": "(d) only the surest half of the pixels, raw labels",
+    "sure_besides": "where SAM leaves no label, the teacher's of over 0.9",
+    "by_iou": "(e) of SAM's three masks the one most like its piece",
+    "like_its_piece": "(e) masks of IoU under 0.5 with their piece are dropped",
+    "deep_points": "(e) points deep inside the piece",
+    "text_scores": "(f) the teacher's scores times CLIP's text scores",
+    "mirror": "(g) the teacher sees the picture and its mirror image",
+    "ramp": "(h) HRDA's ramp of the EMA",
+    "sam_wide": "(i) a decoder of width 128",
+    "source_only_wide": "(i) the same, no painted scenes"}
 #                  title of the axis, {value: row}
 FIGURES = {
     "figure5":        ("painted pictures (their share of a batch stays a third)",
@@ -139,6 +170,17 @@ def run_ablations(constants):
     run([name for name in ABLATIONS if name not in TABLE4], FEW_SEEDS, constants)
 
 
+def run_ideas(constants):
+    """What is compared on validation scenes. A row that has test scores is only scored again."""
+    rows.prepare()
+    rows.prepare_ideas()
+    jobs = []
+    for seed in FEW_SEEDS:
+        for name in dict.fromkeys(["source", "source_wide", *SETTINGS, *IDEAS]):
+            jobs.append(Job(name, seed, rows.folder_of(name, seed), "validation", constants))
+    rows.work(jobs)
+
+
 def folder_of_change(name, title):
     letters = [letter if letter.isalnum() else "_" for letter in title]
     return rows.ROOT / name / "".join(letters)
@@ -175,7 +217,7 @@ def time_sizes(rounds=17):
     common.device()
     torch.set_num_threads(1)
     encoder = stage.Encoder(stage.ENCODER)
-    crops = stage.SourceCrops(stage.SOURCE, 0, stage.CROP, stage.SCALE, encoder.fill)
+    crops = stage.SourceCrops(stage.SOURCE, (0, 3), stage.CROP, stage.SCALE, encoder.fill)
     images, labels = next(iter(stage.batches(crops, 16, 0, 1, 0)))
     features = encoder(images)
     decoders, times, found = {}, {}, {}
@@ -186,7 +228,7 @@ def time_sizes(rounds=17):
         for title, decoder in decoders.items():
             torch.manual_seed(i)
             since = time.perf_counter()
-            loss, _ = stage.mask_loss(*decoder(features), labels, stage.POINTS,
+            loss, _ = stage.mask_loss(*decoder(features), labels.long(), stage.POINTS,
                                       stage.LOSS_WEIGHTS, stage.NO_OBJECT)
             loss.backward()
             times[title].append(time.perf_counter() - since)
@@ -232,22 +274,41 @@ def toy_run():
     return found
 
 
+def scores_of(path):
+    """A row's file of scores -> {style: {"miou", "iou"}}"""
+    styles = {}
+    for style, scores in json.loads(path.read_text())["styles"].items():
+        each = [scores["iou"][name] for name in common.CLASSES]
+        styles[style] = {"miou": scores["miou"], "iou": each}
+    return styles
+
+
+def last_loss(folder):
+    """The mean loss of the last five lines of a log."""
+    lines = common.read_lines(Path(folder, "log.jsonl"), "step", "loss")
+    return round(float(np.mean([line["loss"] for line in lines[-5:]])), 3)
+
+
 def gather():
-    """runs/report -> results.json: {"rows": {row: {seed: {style: {"miou", "iou"}}}}, "models",
-    "tried", "sizes", "toy"}. Rows in it that are not in runs/report stay, unless there is no such
-    row any more."""
-    results = {"rows": {}, "models": {}, "tried": {}, "sizes": {}, "toy": {}}
+    """runs/report -> results.json: {"rows": {row: {seed: {style: {"miou", "iou"}}}}, "validation":
+    the same on validation scenes, "loss": {row: {seed: last_loss()}}, "code": {row: commits},
+    "before": {"code", "rows"}, "models", "tried", "sizes", "toy"}. Rows in it that are not in
+    runs/report stay, unless there is no such row any more."""
+    kinds = ("rows", "validation", "loss", "code", "models", "tried", "sizes", "toy", "before")
+    results = {kind: {} for kind in kinds}
     if RESULTS.exists():
         results |= json.loads(RESULTS.read_text())
-    for kind, known in (("rows", ROWS), ("models", SCORES), ("tried", TRIED), ("sizes", SIZES)):
+    for kind, known in (("rows", ROWS), ("validation", ROWS), ("loss", ROWS), ("code", ROWS),
+                        ("models", SCORES), ("tried", TRIED), ("sizes", SIZES)):
         results[kind] = {name: row for name, row in results[kind].items() if name in known}
-    for path in sorted(rows.ROOT.glob("seed*/*/test.json")):
-        found = json.loads(path.read_text())
-        row = results["rows"].setdefault(found["row"], {})
-        row[str(found["seed"])] = {}
-        for style, scores in found["styles"].items():
-            each = [scores["iou"][name] for name in common.CLASSES]
-            row[str(found["seed"])][style] = {"miou": scores["miou"], "iou": each}
+    for kind, split in (("rows", "test"), ("validation", "validation")):
+        for path in sorted(rows.ROOT.glob(f"seed*/*/{split}.json")):
+            found = json.loads(path.read_text())
+            row, seed = found["row"], str(found["seed"])
+            results[kind].setdefault(row, {})[seed] = scores_of(path)
+            results["loss"].setdefault(row, {})[seed] = last_loss(path.parent)
+            commits = {*results["code"].get(row, ()), found["code"]}
+            results["code"][row] = sorted(commits)
     for name, changes in (("tried", TRIED), ("sizes", SIZES)):
         for title in changes:
             path = folder_of_change(name, title) / "validation.json"
@@ -289,13 +350,24 @@ def plus_minus(spread):
     return "" if np.isnan(spread) else f" ± {spread:.1f}"
 
 
-def table(results, wanted, base):
+def interval(values):
+    """The 95 % interval of a mean (Student's t), as a text; of one value there is none."""
+    mean, spread = mean_and_spread(values)
+    if np.isnan(spread):
+        return ""
+    half = student.ppf(.975, len(values) - 1) * spread / len(values) ** .5
+    return f"{mean - half:+.1f} to {mean + half:+.1f}"
+
+
+def table(found, wanted, base):
     """mIoU per style, mean of the seeds; the mean of five with the standard deviation of the seeds;
-    the difference to row `base`, seed by seed. wanted: {row: title}"""
-    head = ["", *STYLES, "mean of five", "seeds", "difference to the first row, paired"]
+    the difference to row `base`, seed by seed, and its interval. found: {row: {seed: scores}},
+    wanted: {row: title}"""
+    head = ["", *STYLES, "mean of five", "seeds", "difference to the first row, paired",
+            "95 % interval"]
     lines = []
     for name, title in wanted.items():
-        row, first = results["rows"].get(name), results["rows"].get(base, {})
+        row, first = found.get(name), found.get(base, {})
         if not row:
             continue
         line = [title]
@@ -305,25 +377,49 @@ def table(results, wanted, base):
         line += [f"**{mean:.1f}**{plus_minus(spread)}", str(len(row))]
         shared = sorted(set(row) & set(first))
         if name == base or not shared:
-            line.append("")
+            line += ["", ""]
         else:
             gains = [mean_of(row, seed) - mean_of(first, seed) for seed in shared]
             gain, spread = mean_and_spread(gains)
-            line.append(f"{gain:+.1f}{plus_minus(spread)}")
+            line += [f"{gain:+.1f}{plus_minus(spread)}", interval(gains)]
         lines.append(line)
     return markdown(head, lines)
 
 
-def table_of_classes(results, wanted):
+def table_of_settings(found):
+    """SETTINGS pair by pair, as one table."""
+    names, lines = list(SETTINGS), []
+    for first, second in zip(names[::2], names[1::2]):
+        part = table(found, {name: SETTINGS[name] for name in (first, second)}, first)
+        lines += part.splitlines()[2 if lines else 0:]
+    return "\n".join(lines).replace("to the first row", "to the row above")
+
+
+def table_of_classes(found, wanted, base=None):
     lines = []
     for name, title in wanted.items():
         each = []
-        for scores in results["rows"].get(name, {}).values():
+        for scores in found.get(name, {}).values():
             each += [scores[style]["iou"] for style in STYLES]
         if each:
             means = np.nanmean(np.array(each, float), 0)
             lines.append([title, *(f"{mean:.0f}" for mean in means)])
     return markdown(["IoU, mean of styles and seeds", *common.CLASSES], lines)
+
+
+def now_and_before(results, make, wanted, base):
+    """make(rows, wanted, base) of what today's code has made, if that is most of the rows; if any
+    row is missing, also of what the code before has made. Each says of which commit it is."""
+    parts, before = [], results["before"]
+    now = [name for name in wanted if name in results["rows"]]
+    if 2 * len(now) > len(wanted):
+        commits = {commit for name in now for commit in results["code"][name]}
+        parts.append(f"Of commit {' and '.join(sorted(commits))}:\n\n"
+                     f"{make(results['rows'], wanted, base)}")
+    if len(now) < len(wanted) and before:
+        parts.append(f"**Not measured again**, of commit {before['code']}:\n\n"
+                     f"{make(before['rows'], wanted, base)}")
+    return "\n\n".join(parts)
 
 
 def table_of_sizes(found):
@@ -343,10 +439,10 @@ def table_of_tried(found):
     return markdown(["", "mean of five"], lines)
 
 
-def table_of_labels(found):
+def table_of_labels(found, kinds):
     """Per style: right per cent of the labelled pixels, and in brackets how many are labelled."""
     lines = []
-    for kind in (kind for kind in LABELS if kind in found):
+    for kind in (kind for kind in kinds if kind in found):
         scores = [found[kind][style] for style in STYLES]
         right = [100 * score["right"] for score in scores]
         labelled = [100 * score["labelled"] for score in scores]
@@ -408,13 +504,13 @@ def table_of_models(found):
 
 
 # ------------------------------------------------------------------- the paper's figures
-def draw_figure(path, results, title, wanted, seeds=FEW_SEEDS):
+def draw_figure(path, found_rows, title, wanted, seeds=FEW_SEEDS):
     """The mean of the five styles against a setting, with the standard deviation over the seeds,
     and source only as a grey line. Settings are a list, not a scale. Rows without all the seeds are
     left out. wanted: {setting: row} -> whether there was something to draw"""
     found = {}
     for setting, name in {"base": "source_only", **wanted}.items():
-        row = results["rows"].get(name, {})
+        row = found_rows.get(name, {})
         if all(str(seed) in row for seed in seeds):
             found[setting] = mean_and_spread([mean_of(row, str(seed)) for seed in seeds])
     base = found.pop("base", None)
@@ -433,13 +529,13 @@ def draw_figure(path, results, title, wanted, seeds=FEW_SEEDS):
     return True
 
 
-def draw_bars(path, results, wanted):
+def draw_bars(path, found_rows, wanted):
     """The mean of the five styles as a bar per row, with the standard deviation over its seeds.
     wanted: {row: title}. Rows that were not run are left out."""
     figure = Figure((7, 2.6), dpi=100, layout="constrained")
     axes = figure.subplots()
     for name, title in wanted.items():
-        row = results["rows"].get(name)
+        row = found_rows.get(name)
         if row:
             mean, spread = mean_and_spread([mean_of(row, seed) for seed in row])
             axes.barh(title, mean, xerr=spread, capsize=3, color="tab:blue", alpha=.6)
@@ -506,27 +602,87 @@ def draw_pictures(painted=4):
 
 # ------------------------------------------------------------------- the report
 def tables(results):
+    both, checked = partial(now_and_before, results), results["validation"]
     return {
-        "table4": table(results, TABLE4, "source_only"),
-        "classes": table_of_classes(results, TABLE4),
-        "oracles": table(results, ORACLES, "source_only"),
-        "table5": table(results, TABLE5, "source"),
-        "more": table(results, ABLATIONS, "sam"),
+        "table4": both(table, TABLE4, "source_only"),
+        "classes": both(table_of_classes, TABLE4, "source_only"),
+        "oracles": both(table, ORACLES, "source_only"),
+        "table5": both(table, TABLE5, "source"),
+        "more": both(table, ABLATIONS, "sam"),
+        "settings": table_of_settings(checked),
+        "ideas": table(checked, IDEAS, "sam"),
         "sizes": table_of_sizes(results["sizes"]),
         "tried": table_of_tried(results["tried"]),
         "models": table_of_models(results["models"]),
-        "labels": table_of_labels(results["models"].get("labels", {}))}
+        "labels": table_of_labels(results["models"].get("labels", {}), LABELS),
+        "idea_labels": table_of_labels(results["models"].get("idea_labels", {}), IDEA_LABELS)}
 
 
 def write():
     results = gather()
     for name, (title, wanted) in FIGURES.items():
-        draw_figure(PICTURES / f"{name}.png", results, title, wanted)
-    draw_bars(PICTURES / "table4.png", results, TABLE4)
+        draw_figure(PICTURES / f"{name}.png", results["rows"], title, wanted)
+    enough = {name: row for name, row in results["rows"].items() if len(row) >= len(FEW_SEEDS)}
+    if set(TABLE4) & set(enough):
+        draw_bars(PICTURES / "table4.png", enough, TABLE4)
     text = (HERE / "report.md").read_text()
     for name, part in tables(results).items():
         text = text.replace("{" + name + "}", part)
     common.write_text(HERE / "README.md", text)
+
+
+# ------------------------------------------------------------------- a run of your own
+def usual(values):
+    """Where 95 % of further seeds would lie, if they are spread as these -> lowest, highest"""
+    mean, spread = mean_and_spread(values)
+    half = student.ppf(.975, len(values) - 1) * spread * (1 + 1 / len(values)) ** .5
+    return mean - half, mean + half
+
+
+def compare(run):
+    """Print, for each score and for the loss at the end of 03 and 04, whether a run of the toy
+    preset lies where another seed would. -> how many numbers do not. Raises Stop."""
+    results = json.loads(RESULTS.read_text())
+    scored = Path(run, "05_eval/results.json")
+    common.need([(scored, "python 05_eval.py writes it: run the five stages first")])
+    mine = {row["name"]: row["targets"] for row in json.loads(scored.read_text())["rows"]}
+    outside = 0
+    for stage, row in (("03_train_source", "source"), ("04_selftrain", "sam")):
+        common.expect(stage in mine, f"{scored} has no {stage}: run 05_eval.py after it")
+        compare_logs(Path(run, stage), HERE / f"log_{stage[:2]}.jsonl")
+        seeds, found = results["rows"].get(row, {}), {}
+        if len(seeds) < len(FEW_SEEDS):     # too few have been trained since the scripts changed
+            seeds = results["before"]["rows"][row]
+            print(f"  the seeds below are of commit {results['before']['code']}")
+        else:
+            losses = list(results["loss"][row].values())
+            found["loss at the end"] = last_loss(Path(run, stage)), losses
+        for target, scores in mine[stage].items():
+            style = Path(target).name
+            found[style] = scores["miou"], [scores[style]["miou"] for scores in seeds.values()]
+        found["mean of five"] = (np.mean([scores["miou"] for scores in mine[stage].values()]),
+                                 [mean_of(seeds, seed) for seed in seeds])
+        for name, (value, others) in found.items():
+            low, high = usual(others)
+            within = low <= value <= high
+            outside += not within
+            print(f"  {name:16} {value:6.1f}   {len(others)} seeds here: {np.mean(others):.1f}, a "
+                  f"further one {low:.1f} to {high:.1f}{'' if within else '   <- outside'}")
+    print("all numbers lie where another seed would" if not outside else
+          f"{outside} numbers lie outside; by chance one of twenty does")
+    return outside
+
+
+def compare_logs(folder, shipped):
+    """Print from which line on a log differs from the shipped one, and by how much at most."""
+    pairs = zip(common.read_lines(folder / "log.jsonl", "step", "loss"),
+                common.read_lines(shipped, "step", "loss"))
+    apart = [(line["step"], abs(line["loss"] / ours["loss"] - 1)) for line, ours in pairs]
+    most = max(difference for _, difference in apart)
+    first = [step for step, difference in apart if difference > .001]
+    since = f", from step {first[0]} on by more than 0.1 %" if first else ""
+    print(f"{folder.name}: its losses are within {100 * most:.1f} % of the shipped log of seed 0"
+          f"{since}")
 
 
 def main(command="", *arguments):
@@ -536,8 +692,11 @@ def main(command="", *arguments):
     if command == "run" and given:
         names = given.pop(0).split(",")
         seeds = [int(seed) for seed in given.pop(0).split(",")] if given else SEEDS
+    if command == "compare" and len(given) == 1:
+        return compare(given[0])
     steps = {"run": partial(run, names, seeds, constants),
              "ablations": partial(run_ablations, constants),
+             "ideas": partial(run_ideas, constants),
              "tried": partial(run_changes, "tried", TRIED, constants),
              "sizes": partial(run_changes, "sizes", SIZES, constants),
              "seconds": time_sizes, "models": score_models, "pictures": draw_pictures,

@@ -30,9 +30,10 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 import common
+import ideas
 from common import IGNORE
 
-ROOT = Path(os.environ.get("REPORT", "runs/report"))
+ROOT = Path(common.absolute(os.environ.get("REPORT") or common.HERE / "runs/report"))
 STYLES = ("day", "night", "snow", "fog", "rain")
 # scenes of the unseen styles straight from the renderer: a perfect generator
 RENDERED = Path(common.DATA) / "toy/rendered"
@@ -53,6 +54,10 @@ ROWS = {
     "rendered_sam":      (SELF,  (FROM_RENDERER,),                                      ""),
     "rendered_masks":    (SELF,  (FROM_RENDERER,),                              "true masks"),
     "rendered_truth":    (SELF,  (FROM_RENDERER,),                              "true labels"),
+    # how long and how fast 03 learns
+    "source_600":        (SOURCE, ("--ITERATIONS=600", "--LR=0.0015"),                  ""),
+    "source_only_600":   (SELF,  ("--N_GENERATED=0",),                                  ""),
+    "sam_600":           (SELF,  (PAINTED,),                                            ""),
     # Table 5: other encoders; other decoders
     "source_random":     (SOURCE, (f"--ENCODER=open_clip:local-dir:{ROOT}/random_clip",), ""),
     "trainable":         (SOURCE, ("--FREEZE_ENCODER=False",),                          ""),
@@ -73,7 +78,27 @@ ROWS = {
     # beyond the paper
     "negative":          (SELF,  (PAINTED, "--UNLABELLED=negative"),                    ""),
     "ema_100":           (SELF,  (PAINTED, "--EMA_EVERY=100"),                          ""),
-    "one_prompt":        (SELF,  (f"--GENERATED={ROOT}/02_one_prompt/index.jsonl",),    "")}
+    "one_prompt":        (SELF,  (f"--GENERATED={ROOT}/02_one_prompt/index.jsonl",),    ""),
+    # what the paper could try next, see ideas.py
+    "one_class":         (SELF,  (f"--GENERATED={ROOT}/02_one_class/index.jsonl",),     ""),
+    "four_classes":      (SELF,  (f"--GENERATED={ROOT}/02_four_classes/index.jsonl",),  ""),
+    "grid":              (SELF,  (PAINTED,),                                        "grid"),
+    "text_scores":       (SELF,  (PAINTED,),                          "CLIP's text scores"),
+    "source_wide":       (SOURCE, ("--DIM=128", "--HIDDEN=256"),                        ""),
+    "source_only_wide":  (SELF,  ("--N_GENERATED=0",),                                  ""),
+    "sam_wide":          (SELF,  (PAINTED,),                                            ""),
+    "mirror":            (SELF,  (PAINTED,),                                      "mirror"),
+    "surest_half":       (SELF,  (PAINTED,),                                "surest half"),
+    "surest_half_raw":   (SELF,  (PAINTED, "--REFINE=off"),                 "surest half"),
+    "sure_besides":      (SELF,  (PAINTED,),                           "sure besides SAM"),
+    "no_dice":           (SELF,  (PAINTED,),                                     "no dice"),
+    "by_iou":            (SELF,  (PAINTED,),                                      "by IoU"),
+    "like_its_piece":    (SELF,  (PAINTED,),                              "like its piece"),
+    "deep_points":       (SELF,  (PAINTED,),                                 "deep points"),
+    "ramp":              (SELF,  (PAINTED,),                                        "ramp")}
+# the rows of stage 04 that do not begin with "source"
+SOURCES = {"trainable_sam": "trainable", "source_only_600": "source_600", "sam_600": "source_600",
+           "source_only_wide": "source_wide", "sam_wide": "source_wide"}
 
 
 def write_json(path, value):
@@ -117,7 +142,7 @@ def draw_random_tower():
 
 
 def call(stage, *arguments):
-    subprocess.run([sys.executable, f"{stage}.py", *arguments], check=True)
+    subprocess.run([sys.executable, f"{common.HERE}/{stage}.py", *arguments], check=True)
 
 
 def prepare():
@@ -135,6 +160,15 @@ def prepare_ablations():
     common.write_text(one_prompt, "a photo of a street in a town\n")
     call("02_generate", f"--PROMPTS={prompts}", "--N_IMAGES=240", f"--OUT={ROOT}/02_240")
     call("02_generate", f"--PROMPTS={one_prompt}", f"--OUT={ROOT}/02_one_prompt")
+
+
+def prepare_ideas():
+    """Pictures of the same places and weathers with one class, and with four, in every prompt."""
+    prompts = Path(ROOT, "01_prompts/prompts.txt").read_text().splitlines()
+    for count, name in ((1, "one_class"), (4, "four_classes")):
+        file = f"{ROOT}/{name}.txt"
+        common.write_text(file, "\n".join(ideas.prompts_naming(count, prompts)) + "\n")
+        call("02_generate", f"--PROMPTS={file}", f"--OUT={ROOT}/02_{name}")
 
 
 # ------------------------------------------------------------------- oracles
@@ -180,10 +214,12 @@ def with_oracle(oracle, selftrain):
     """Replace parts of the module of stage 04, or of that of stage 03, which it uses."""
     stage = selftrain.source_stage
     stage.Decoder = decoder_with(oracle, stage.Decoder)
+    if oracle in ideas.IDEAS:
+        ideas.IDEAS[oracle](selftrain)
     if oracle == "raw where SAM kept":
         selftrain.refine = raw_where_kept(selftrain.refine)
     if oracle in ("true labels", "true masks"):
-        selftrain.embed_pictures = lambda sam, files: files
+        selftrain.embed_pictures = lambda sam, files, size, half: files
         selftrain.PaintedPictures.embedding = true_label
     if oracle == "true labels":
         no_points = np.zeros((0, 1, 2), np.float32)
@@ -199,8 +235,7 @@ def folder_of(row, seed):
 
 def source_of(row, seed):
     """The network that a row of stage 04 begins with."""
-    source = "trainable" if "trainable" in row else "source"
-    return folder_of(source, seed) / "model.safetensors"
+    return folder_of(SOURCES.get(row, "source"), seed) / "model.safetensors"
 
 
 def load_network(path):
@@ -217,12 +252,17 @@ def score(out, split, styles):
     for style in styles:
         folder = f"{style}_validation" if split == "validation" else style
         target = f"folder:{common.DATA}/toy/{folder}"
-        pairs = common.pairs(target, "val")
-        kept = out / "scores" / f"{folder}.npy"
-        matrix = evaluate.score(*network, target, pairs, kept, folder)
+        scenes = evaluate.Scenes(target, common.pairs(target, "val"), 0, evaluate.PROTOCOL)
+        matrix = evaluate.score(network, scenes, out / "scores" / f"{folder}.npy", folder)
         miou, each = evaluate.mean_iou(matrix)
         found[style] = {"miou": round(miou, 3), "iou": each}
     return found
+
+
+def code():
+    """The last commit that changed a script: what has the same one, the same code has made."""
+    command = ["git", "log", "-1", "--format=%h", "--", "0*.py", "common.py"]
+    return subprocess.run(command, cwd=common.HERE, capture_output=True, text=True).stdout.strip()
 
 
 def train_and_score(row, seed, out="", split="test", *constants):
@@ -241,8 +281,8 @@ def train_and_score(row, seed, out="", split="test", *constants):
     if not kept.exists():
         styles = score(out, split, ("game", *STYLES) if name == SOURCE else STYLES)
         mean = round(float(np.mean([styles[style]["miou"] for style in STYLES])), 3)
-        write_json(kept, {"row": row, "seed": int(seed), "split": split, "mean": mean,
-                          "styles": styles})
+        write_json(kept, {"row": row, "seed": int(seed), "split": split, "code": code(),
+                          "mean": mean, "styles": styles})
     print(row, seed, split, json.loads(kept.read_text())["mean"], flush=True)
 
 

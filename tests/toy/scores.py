@@ -94,48 +94,76 @@ LABELS = {
     "redrawn with true masks":    ("points", "true masks")}
 
 
-def label_scenes(stage, sam, oracle, scenes):
-    """Pseudo-labels of scenes [(number, teacher's label, embedding, truth)] against the truth."""
-    evaluate = import_module("05_eval")
-    matrix, pixels = 0, 0
-    for number, label, embedding, truth in scenes:
-        if oracle == "true masks":
-            embedding = torch.from_numpy(truth).long()
-        if stage.REFINE != "off":
-            label, _ = stage.refine(sam, embedding, label, np.random.default_rng((0, number, 4)))
-        found = label.byte().numpy()
-        matrix = matrix + evaluate.confusion(truth, found, len(common.CLASSES))
-        pixels += truth.size
-    miou, _ = evaluate.mean_iou(matrix)
-    return {"labelled": matrix.sum() / pixels, "right": np.trace(matrix) / matrix.sum(),
-            "miou": miou}
+# what ideas.py changes about the labels; the others change prompts, losses, teachers or decoders
+IDEA_LABELS = {
+    "as shipped": ("points", ""),
+    "SAM, majority vote": ("vote", ""),
+    "(c) a grid of points": ("points", "grid"),
+    "(d) the surest half": ("points", "surest half"),
+    "(d) the surest half, raw": ("off", "surest half"),
+    "where SAM leaves none, the teacher's of over 0.9": ("points", "sure besides SAM"),
+    "(e) the mask most like its piece": ("points", "by IoU"),
+    "(e) masks unlike their piece dropped": ("points", "like its piece"),
+    "(e) points deep inside": ("points", "deep points"),
+    "(f) times CLIP's text scores": ("points", "CLIP's text scores"),
+    "(f) the same, raw": ("off", "CLIP's text scores"),
+    "(g) with the mirror image": ("points", "mirror"),
+    "the teacher's, raw": ("off", "")}
 
 
 @torch.no_grad()
-def score_labels():
-    """What the student is taught of the rendered scenes: the share of pixels with a label, the
-    share of those that is right, mIoU on them. The teacher is theta_0 of seed 0."""
-    stage = import_module("04_selftrain")
-    sam = stage.load_sam(stage.SAM)
+def label_scenes(stage, kinds, scenes):
+    """Pseudo-labels of scenes {style: [(image, truth)]} by theta_0 of seed 0 against the truth ->
+    {kind: {style: the share of pixels with a label, of right ones among those, mIoU on them}}"""
+    evaluate = import_module("05_eval")
     encoder, teacher = rows.load_network(rows.source_of("sam", 0))
-    found, labelled = {}, []
-    for number, path in enumerate(sorted((rows.RENDERED / "images").glob("*.png"))):
-        image = to_batch([np.array(common.read_image(path))])
-        scores = stage.source_stage.predict(encoder, teacher, image.to(common.device()))
-        embedding = sam.image_encoder(sam.preprocess(image.float()))[0]
-        with Image.open(rows.RENDERED / "labels" / path.name) as file:
-            labelled.append((number, scores[0].argmax(0).cpu(), embedding, np.array(file)))
-    n = len(labelled) // len(STYLES)                        # the scenes lie style by style
-    originals = dict(vars(stage))
-    for kind, (rule, oracle) in LABELS.items():
+    originals, found, embeddings = dict(vars(stage)), {}, {}
+    for kind, (rule, oracle) in kinds.items():
         stage.REFINE = rule
         rows.with_oracle(oracle, stage)
+        sam = stage.load_sam(stage.SAM)
         found[kind] = {}
-        for k, style in enumerate(STYLES):
-            part = labelled[k * n:(k + 1) * n]
-            found[kind][style] = label_scenes(stage, sam, oracle, part)
+        for style, pairs in scenes.items():
+            matrix = np.zeros((len(common.CLASSES), len(common.CLASSES)), np.int64)
+            for number, (image, truth) in enumerate(pairs):
+                pixels = to_batch([image])
+                if (style, number) not in embeddings:
+                    embeddings[style, number] = sam.image_encoder(sam.preprocess(pixels.float()))
+                seen = embeddings[style, number]
+                if oracle == "true masks":
+                    seen = torch.from_numpy(truth).long()[None]
+                rough = stage.predict(encoder, teacher, pixels).argmax(1)
+                pseudo, _ = stage.redraw(sam if rule != "off" else None, seen, rough, [number])
+                label = pseudo[0].byte().numpy()
+                matrix += evaluate.confusion(truth, label, len(common.CLASSES))
+            pixels = sum(truth.size for _, truth in pairs)
+            found[kind][style] = {"labelled": matrix.sum() / pixels,
+                                  "right": np.trace(matrix) / matrix.sum(),
+                                  "miou": evaluate.mean_iou(matrix)[0]}
         vars(stage).update(originals)
     return found
+
+
+def score_labels(n=40):
+    """What the student is taught of the rendered scenes, n of each style."""
+    files, scenes = sorted((rows.RENDERED / "images").glob("*.png")), {}
+    for k, style in enumerate(STYLES):                      # the scenes lie style by style
+        scenes[style] = []
+        for path in files[k * n:(k + 1) * n]:
+            with Image.open(rows.RENDERED / "labels" / path.name) as label:
+                scenes[style].append((np.array(common.read_image(path)), np.array(label)))
+    return label_scenes(import_module("04_selftrain"), LABELS, scenes)
+
+
+def score_idea_labels(n=6):
+    """What the ideas would teach of n validation scenes of each style."""
+    scenes = {}
+    for style in STYLES:
+        scenes[style] = []
+        for seed in world.seeds("validation", style, n):
+            image, label, *_ = world.draw(seed, style)
+            scenes[style].append((image, label))
+    return label_scenes(import_module("04_selftrain"), IDEA_LABELS, scenes)
 
 
 # ------------------------------------------------------------------- CLIP
@@ -308,5 +336,5 @@ def score_llm():
             "dropped": info["dropped"], "named": info["named"]}
 
 
-SCORES = {"sam": score_sam, "labels": score_labels, "clip": score_clip,
-          "diffusion": score_diffusion, "llm": score_llm}
+SCORES = {"sam": score_sam, "labels": score_labels, "idea_labels": score_idea_labels,
+          "clip": score_clip, "diffusion": score_diffusion, "llm": score_llm}
