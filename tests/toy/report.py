@@ -351,9 +351,9 @@ def plus_minus(spread):
 
 
 def interval(values):
-    """The 95 % interval of a mean (Student's t), as a text; of one value there is none."""
+    """The 95 % interval of a mean (Student's t), as a text; two values are too few for one."""
     mean, spread = mean_and_spread(values)
-    if np.isnan(spread):
+    if len(values) < 3:
         return ""
     half = student.ppf(.975, len(values) - 1) * spread / len(values) ** .5
     return f"{mean - half:+.1f} to {mean + half:+.1f}"
