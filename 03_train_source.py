@@ -57,11 +57,11 @@ NO_OBJECT = 0.1                                     # weight of "no object" in t
 POINTS = preset(toy=512, paper=12_544)              # points per mask; Mask2Former: 112 x 112
 UNLABELLED = "ignore"                               # "negative": background of all masks (official)
 # training
-ITERATIONS = preset(toy=400, gta=40_000, synthia=30_000, cityscapes=10_000)         # paper 4.1
+ITERATIONS = preset(toy=600, gta=40_000, synthia=30_000, cityscapes=10_000)         # paper 4.1
 BATCH = 8                                           # paper 4.1
 CROP = preset(toy=(128, 256), paper=(768, 768))     # rows, columns; paper 4.1
 SCALE = preset(toy=(0.75, 1.5), paper=(0.5, 2.0))   # paper 4.1
-LR = preset(toy=4e-3, paper=1e-5, cityscapes=1e-4)                                # paper 4.1
+LR = preset(toy=1.5e-3, paper=1e-5, cityscapes=1e-4)                              # paper 4.1
 ENCODER_LR = 0.1                                    # times LR, if the encoder trains (official)
 SCHEDULE = preset(toy="poly", paper="constant", synthia="poly")     # official; not in the paper
 WARMUP = preset(toy=50, paper=0)                    # steps
@@ -73,7 +73,7 @@ SEED = 0
 WORKERS = preset(toy=0, paper=8)                    # processes that read; 0 is best on two cores
 LOG_EVERY = preset(toy=20, paper=50)
 SAVE_EVERY = preset(toy=100, paper=1_000)
-PREVIEW_EVERY = preset(toy=200, paper=2_000)
+PREVIEW_EVERY = preset(toy=300, paper=2_000)
 
 
 def check():

@@ -45,7 +45,7 @@ def test_unknown_preset_lists_the_presets(monkeypatch):
     ("--iterations=5", "expected --ITERATIONS=value"), ("BATCH=2", "expected --BATCH=value"),
     ("--BATCH", "expected --BATCH=value"), ("-BATCH=2", "expected --BATCH=value"),
     ("--CLASSES=1", "expected --"), ("--RUN=x", "expected --"), ("", "expected --"),
-    ("--LR=fast", "--LR=fast: LR is float, as 0.004"), ("--LR=", "--LR= is empty"),
+    ("--LR=fast", "--LR=fast: LR is float, as 0.0015"), ("--LR=", "--LR= is empty"),
     ("--BATCH=2.5", "BATCH is int"), ("--FREEZE_ENCODER=maybe", "FREEZE_ENCODER is bool"),
     ("--CROP=a,b", "CROP is tuple, as (128, 256)"), ("--CROP=1.5,2", "CROP is tuple")])
 def test_a_constant_given_wrongly_is_explained(refused, argument, answer):
@@ -470,7 +470,7 @@ def test_a_folder_in_which_nothing_was_made_does_not_lock_its_constants(start, s
     monkeypatch.setattr(common.Run, "start", begin)
     assert [path.name for path in out.glob("[!.]*")] == ["run.json"]
     assert start("03_train_source", *small) is None
-    assert "was made with LR=0.004" in say("03_train_source", *small, "--LR=1")
+    assert "was made with LR=0.0015" in say("03_train_source", *small, "--LR=1")
 
 
 def test_a_stage_that_another_job_finished_meanwhile_does_not_begin_again(say, tmp_path,

@@ -240,9 +240,9 @@ def test_self_training_does_not_go_on_with_more_or_fewer_pictures(finished, tmp_
 def test_a_checkpoint_of_other_constants_is_refused(stopped, say, tmp_path):
     run = shutil.copytree(stopped, tmp_path / "run")
     record = run / "03_train_source/run.json"
-    record.write_text(record.read_text().replace('"LR": 0.004', '"LR": 0.0001'))
+    record.write_text(record.read_text().replace('"LR": 0.0015', '"LR": 0.0001'))
     message = say("03_train_source", *SMALL["03_train_source"], "--LR=1e-4", run=run)
-    assert "was made with LR=0.004 (now 0.0001)" in message and "\n" not in message
+    assert "was made with LR=0.0015 (now 0.0001)" in message and "\n" not in message
 
 
 class SmallRun:
