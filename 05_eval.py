@@ -267,6 +267,7 @@ def label_pictures(run, file):
            f"--OUT={OUT} lies in --IMAGES={IMAGES}: name another --OUT")
     run.start()
     network, failed = load(file), []
+    paths = paths[common.RANK::common.PROCESSES]        # torchrun's processes deal them
     for path in bar(paths, "labelling"):
         try:
             image = common.read_image(path)

@@ -171,13 +171,14 @@ def test_an_output_that_is_closed_full_or_ended(tmp_path, data, output, code, wo
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
-@pytest.mark.skipif(not LINUX, reason="signals")
+@pytest.mark.skipif(not LINUX, reason="looks into /proc")
 def test_ctrl_c_while_the_libraries_are_imported_is_one_line(tmp_path, data):
     process = subprocess.Popen([sys.executable, ROOT / f"{STAGE}.py"], stderr=subprocess.PIPE,
                                cwd=ROOT, env=environment(tmp_path, data), text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT,
                                                                 signal.default_int_handler))
-    time.sleep(1.)
+    while "_multiarray_umath" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(.02)                                 # until numpy is being imported
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert "Traceback" not in error and "stopped" in error

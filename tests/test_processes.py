@@ -104,7 +104,8 @@ def chains(tmp_path_factory, data):
     root = tmp_path_factory.mktemp("chains")
     painted = f"--GENERATED=folder:{data}/toy/day/images"
     stages = {"03_train_source": ["--BATCH=4", *SOURCE],
-              "04_selftrain": ["--N_SOURCE=2", "--N_GENERATED=2", *SELF, painted],
+              "04_selftrain": ["--N_SOURCE=2", "--N_GENERATED=2", *SELF, painted,
+                               f"--INIT={root}/one/03_train_source"],
               "05_eval": ["--PANELS=0"]}
     for stage, arguments in stages.items():
         assert here(stage, *arguments, run=root / "one", data=data) is None
@@ -138,8 +139,9 @@ def test_the_stages_of_many_processes_write_what_one_writes(chains, many):
         for a, b in zip(*logs):
             assert abs(a["loss"] - b["loss"]) < .05 * a["loss"]     # random points differ
     first = [rows(chains / run / "04_selftrain/log.jsonl")[0] for run in ("one", many)]
-    for name in ("labelled", "changed", "prompts"):                 # of nearly the same teacher
-        assert abs(first[0][name] - first[1][name]) < .1 * max(1, first[0][name])
+    for name in ("labelled", "changed", "prompts"):     # one teacher, and each picture's own points
+        assert abs(first[0][name] - first[1][name]) < 1e-3
+    assert first[0]["prompts"] > 0
 
 
 @pytest.mark.slow

@@ -84,12 +84,12 @@ ABLATIONS = {
     "area_560": "pieces from 560 px on",
     "source_only": "no painted scenes"}
 SETTINGS = {                # pairs: the second is compared with the first
-    "source": "03: 400 steps, learning rate 4e-3",
-    "source_600": "03: 600 steps, learning rate 1.5e-3",
-    "source_only": "04, source only, after 400 steps of 03",
-    "source_only_600": "04, source only, after 600",
-    "sam": "04, SAM, after 400 steps of 03",
-    "sam_600": "04, SAM, after 600"}
+    "source": "03: 600 steps, learning rate 1.5e-3 (shipped)",
+    "source_400": "03: 400 steps, learning rate 4e-3",
+    "source_only": "04, source only, after 600 steps of 03",
+    "source_only_400": "04, source only, after 400",
+    "sam": "04, SAM, after 600 steps of 03",
+    "sam_400": "04, SAM, after 400"}
 IDEAS = {
     "sam": "as shipped",
     "source_only": "no painted scenes",

@@ -55,9 +55,9 @@ ROWS = {
     "rendered_masks":    (SELF,  (FROM_RENDERER,),                              "true masks"),
     "rendered_truth":    (SELF,  (FROM_RENDERER,),                              "true labels"),
     # how long and how fast 03 learns
-    "source_600":        (SOURCE, ("--ITERATIONS=600", "--LR=0.0015"),                  ""),
-    "source_only_600":   (SELF,  ("--N_GENERATED=0",),                                  ""),
-    "sam_600":           (SELF,  (PAINTED,),                                            ""),
+    "source_400":        (SOURCE, ("--ITERATIONS=400", "--LR=0.004"),                   ""),
+    "source_only_400":   (SELF,  ("--N_GENERATED=0",),                                  ""),
+    "sam_400":           (SELF,  (PAINTED,),                                            ""),
     # Table 5: other encoders; other decoders
     "source_random":     (SOURCE, (f"--ENCODER=open_clip:local-dir:{ROOT}/random_clip",), ""),
     "trainable":         (SOURCE, ("--FREEZE_ENCODER=False",),                          ""),
@@ -97,7 +97,7 @@ ROWS = {
     "deep_points":       (SELF,  (PAINTED,),                                 "deep points"),
     "ramp":              (SELF,  (PAINTED,),                                        "ramp")}
 # the rows of stage 04 that do not begin with "source"
-SOURCES = {"trainable_sam": "trainable", "source_only_600": "source_600", "sam_600": "source_600",
+SOURCES = {"trainable_sam": "trainable", "source_only_400": "source_400", "sam_400": "source_400",
            "source_only_wide": "source_wide", "sam_wide": "source_wide"}
 
 
