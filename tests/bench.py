@@ -155,6 +155,8 @@ class Mask2FormerHead(nn.Module):
         super().__init__()
         from transformers import Mask2FormerConfig
         from transformers.models.mask2former import modeling_mask2former as library
+        self.sizes = dict(channels=list(channels), classes=classes, dim=dim, queries=queries,
+                          layers=layers, width=width, pixel_layers=pixel_layers, heads=heads)
         config = Mask2FormerConfig(
             feature_size=dim, mask_feature_size=dim, hidden_dim=dim, encoder_layers=pixel_layers,
             encoder_feedforward_dim=4 * dim, dim_feedforward=width, num_queries=queries,
