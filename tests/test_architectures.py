@@ -28,7 +28,7 @@ def random_weights(monkeypatch):
     """The libraries create their models as always, but load nothing."""
     import open_clip
     import timm
-    from transformers import SegformerConfig, SegformerModel
+    from transformers import AutoModel, SegformerConfig, SegformerModel
     clip, image_model = open_clip.create_model, timm.create_model
 
     def create_clip(name, pretrained, require_pretrained):
@@ -37,13 +37,13 @@ def random_weights(monkeypatch):
     def create_image_model(name, pretrained, **options):
         return image_model(name, pretrained=False, **options)
 
-    def create_segformer(name):
-        assert name == "nvidia/mit-b5"
+    def create_segformer(name, dtype):
+        assert name == "nvidia/mit-b5" and dtype == torch.float32
         config = SegformerConfig(depths=[3, 6, 40, 3], hidden_sizes=[64, 128, 320, 512])
         return SegformerModel(config)
     monkeypatch.setattr(open_clip, "create_model", create_clip)
     monkeypatch.setattr(timm, "create_model", create_image_model)
-    monkeypatch.setattr(SegformerModel, "from_pretrained", create_segformer)
+    monkeypatch.setattr(AutoModel, "from_pretrained", create_segformer)
 
 
 def millions(module):

@@ -167,7 +167,7 @@ def test_a_killed_stage_ends_in_the_same_result(finished, data, tmp_path, stage,
     assert start(stage, *SMALL[stage], *more, run=run) is None
     assert same(stage, whole, run)
     if more:
-        assert "goes on from step" in capsys.readouterr().out
+        assert "resuming at step" in capsys.readouterr().out
         steps = [row["step"] for row in lines(run / stage / "log.jsonl")]
         assert steps == list(range(1, len(steps) + 1))
 
@@ -188,7 +188,7 @@ def test_sigterm_ends_as_ctrl_c(data, tmp_path):
     wait_for(process, tmp_path / "03_train_source", "checkpoint.pt")
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate()
-    message = "03_train_source.py: stopped. The same command goes on from what was saved."
+    message = "03_train_source.py: stopped. The same command resumes from what was saved"
     assert process.returncode == 1
     assert message in stderr.splitlines()       # the queue of a worker may speak, too
 
