@@ -57,7 +57,7 @@ def environment(run, data, **more):
 def script(name, *arguments, run, data, **more):
     """The real script in a process of its own -> CompletedProcess. more: see environment()."""
     return subprocess.run([sys.executable, ROOT / f"{name}.py", *arguments], capture_output=True,
-                          text=True, cwd=ROOT, env=environment(run, data, **more))
+                          text=True, cwd=ROOT, env=environment(run, data, **more), timeout=1200)
 
 
 def fresh(name):

@@ -43,6 +43,15 @@ def test_shapes_ids_and_every_class_somewhere():
     assert seen == set(range(12))
 
 
+def test_many_scenes_are_drawn_by_other_processes_in_their_order():
+    jobs = [(seed, "fog") for seed in range(17)]
+    images, labels, _, captions = world.draw_many(jobs)
+    for i in (0, 16):
+        image, label, _, caption = world.draw(*jobs[i])
+        assert np.array_equal(images[i], image) and np.array_equal(labels[i], label)
+        assert captions[i] == caption
+
+
 def test_an_instance_has_one_class():
     _, label, instance, _ = world.draw(3, "day")
     for number in np.unique(instance):

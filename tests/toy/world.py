@@ -19,8 +19,9 @@ depth, rain mirrors the street, snow lies on what points up. numpy, scipy and PI
 import os
 import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from multiprocessing import Pool
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -888,9 +889,12 @@ def draw_job(job):
 
 def draw_many(jobs, workers=None, title="scenes"):
     """[(seed, style)] -> images, labels, instances uint8 (N, ...) and captions, on all cores."""
-    with Pool(workers or os.cpu_count()) as pool:
-        drawn = pool.imap(draw_job, jobs, chunksize=16)
-        drawn = list(tqdm(drawn, title, len(jobs), disable=None, dynamic_ncols=True))
+    if len(jobs) <= 16:
+        drawn = list(map(draw_job, jobs))
+    else:                               # a forked process may hang if this one has threads
+        with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
+            drawn = pool.map(draw_job, jobs, chunksize=16)
+            drawn = list(tqdm(drawn, title, len(jobs), disable=None, dynamic_ncols=True))
     images, labels, instances, texts = zip(*drawn)
     return np.stack(images), np.stack(labels), np.stack(instances), list(texts)
 
