@@ -10,14 +10,13 @@ The LLM is asked for synonyms of each class, then, each time with another seed, 
 about all classes, and every second time only about those that no prompt names yet. LLMs repeat
 themselves, loop, forget the class or are cut off, so a parser keeps distinct prompts in which X
 names a class. Check: every class is named; the last lines printed have the counts."""
-import json
 import re
 import sys
 from collections import Counter
 
 import common
 import torch
-from common import CLASSES, RUN, Stop, expect, expect_numbers, preset
+from common import CLASSES, RUN, expect, expect_numbers, preset
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------- constants
@@ -36,7 +35,7 @@ TOP_P = preset(toy=1.0, paper=0.95)         # below 1 the miniature never says "
 NEW_TOKENS = preset(toy=400, paper=3_000)   # longest answer; a list of 100 lines has about 2,000
 TRIES = 60                                  # answers at most
 SEED = 0
-# words for a class besides its name; of two classes with the same word the first one has it
+# words for a class besides its name; a word listed twice belongs to the first class
 WORDS = {
     "road": "street, avenue, highway, lane, intersection, crossing", "fence": "railing",
     "sidewalk": "pavement, footpath", "building": "house, skyscraper, tower, shop, skyline",
@@ -51,7 +50,7 @@ WORDS = {name: words.split(", ") for name, words in WORDS.items()}
 
 
 def check():
-    """Refuse what would fail late, hang, or train nonsense in silence. Raises Stop."""
+    """Refuse what would fail late or keep nonsense in silence. Raises Stop."""
     expect(isinstance(SOURCE_CLASSES, tuple) and set(SOURCE_CLASSES) <= set(CLASSES) and
            len(SOURCE_CLASSES) == len(set(SOURCE_CLASSES)) > 0,
            f"{SOURCE_CLASSES=}: expected some of {', '.join(CLASSES)}, each once")
@@ -108,9 +107,8 @@ def parse(answer, table):
 
 
 def parse_prompt(text, table):
-    """What follows "a photo of" -> ("a photo of x in z", the classes in x), or (None, why it is
-    dropped)."""
-    remark = r"""[|<(\[{"“”`;\\]| [-–—] |(?<=[a-z]{3})[.!?:]\s"""   # begins with one of these
+    """What follows "a photo of" -> ("a photo of x in z", the classes in x), or (None, why not)."""
+    remark = r"""[|<(\[{"“”`;\\]| [-–—] |(?<=[a-z]{3})[.!?:]\s"""   # begins with these
     text = re.split(remark, text, maxsplit=1)[0]
     match = len(text) < 400 and re.fullmatch(r"(.+?) in (.+?)[\W_]*", text)
     if not match or re.search(r"\b[XZ]\b", text):
@@ -177,14 +175,13 @@ def load_llm(name):
 
 
 def recorded(llm, path):
-    """-> function: turn, request -> the whole lines of the answer, which raw.jsonl keeps too.
-    Raises Stop."""
+    """-> function: turn, request -> the answer's whole lines; raw.jsonl keeps it. Raises Stop."""
     rows = common.read_lines(path, "request", "answer", "cut") if path.exists() else []
 
     def ask(turn, request):
         if turn == len(rows):
             rows.append({"request": request, **llm(request, SEED + turn)})
-            common.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+            common.write_lines(path, rows)
         row = rows[turn]
         expect(row["request"] == request, f"{path}, line {turn + 1}: another request than this "
                "run's. Remove the file to ask everything again, or name another --OUT")
@@ -203,7 +200,7 @@ def main():
     ask = recorded(llm, run.out / "raw.jsonl")
     synonyms = {name: parse_synonyms(ask(turn, synonym_request(name)))
                 for turn, name in enumerate(tqdm(SOURCE_CLASSES, "synonyms", disable=None))}
-    common.write_text(run.out / "synonyms.json", json.dumps(synonyms) + "\n")
+    common.write_lines(run.out / "synonyms.json", [synonyms])
     table = word_table(WORDS, synonyms)
     kept, missing, dropped = {}, list(SOURCE_CLASSES), Counter()
     for number in tqdm(range(TRIES), "answers", disable=None, dynamic_ncols=True):
@@ -215,9 +212,8 @@ def main():
         if len(kept) == N_PROMPTS:
             break
     print("dropped: " + (", ".join(f"{n} {why}" for why, n in dropped.most_common()) or "none"))
-    if len(kept) < N_PROMPTS:
-        raise Stop(f"{TRIES} answers gave {len(kept)} of {N_PROMPTS} prompts\n"
-                   f"  More answers: --TRIES={2 * TRIES}. A better LLM: --LLM=... --OUT=...")
+    expect(len(kept) == N_PROMPTS, f"{TRIES} answers gave {len(kept)} of {N_PROMPTS} prompts\n"
+           f"  More answers: --TRIES={2 * TRIES}. A better LLM: --LLM=... --OUT=...")
     named = Counter(name for classes in kept.values() for name in classes)
     print("named: " + ", ".join(f"{name} {named[name]}" for name in CLASSES))
     run.finish(kept=len(kept), dropped=dropped, named=named)

@@ -6,12 +6,11 @@
           RUN/02_generate/index.jsonl       file, prompt and seed of every image; preview.png
     time  toy: see README. Stable Diffusion 2 on one GPU: not measured
 
-Image i has prompt i mod P and seed SEED + i. The images of a batch change one another by rounding,
-so batches are fixed: a stopped run, or one with a larger N_IMAGES, paints the batches that lack an
+Image i has prompt i mod P and seed SEED + i. Rounding makes it depend on the rest of its batch, so
+batches are fixed: a stopped run, or one with a larger N_IMAGES, paints the batches that lack an
 image, and several jobs share them (--SHARD=k/n; under torchrun by themselves). Check: preview.png
 shows the streets that its titles ask for."""
 import inspect
-import json
 import os
 import re
 import sys
@@ -43,7 +42,7 @@ SEED = 0
 
 
 def check():
-    """Refuse what would fail late, hang, or train nonsense in silence. Raises Stop."""
+    """Refuse what would fail late, hang, or paint nonsense in silence. Raises Stop."""
     kinds = "float16", "bfloat16", "float32"
     expect(DTYPE in kinds, f"{DTYPE=}: expected one of {', '.join(kinds)}")
     expect_numbers(int, 1, 100_000, N_IMAGES=N_IMAGES, STEPS=STEPS, GROUP=GROUP)
@@ -147,10 +146,8 @@ def paint(pipe, options, rows):
 
 def contact_sheet(path, folder, plan):
     """A sheet of the first 25 images with their prompts (as the paper's Figure 3)."""
-    tiles = []
-    for row in plan[:25]:
-        image = np.asarray(common.read_image(folder / row["file"]))
-        tiles.append((textwrap.fill(row["prompt"], 48), image))
+    tiles = [(textwrap.fill(row["prompt"], 48), np.asarray(common.read_image(folder / row["file"])))
+             for row in plan[:25]]
     common.save_sheet(path, [tiles[i:i + 5] for i in range(0, len(tiles), 5)])
 
 
@@ -188,7 +185,7 @@ def main():
         return
     contact_sheet(run.out / "preview.png", run.out, plan)
     run.finish()
-    common.write_text(run.result, "".join(json.dumps(row) + "\n" for row in plan))
+    common.write_lines(run.result, plan)
 
 
 if __name__ == "__main__":

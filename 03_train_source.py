@@ -38,6 +38,7 @@ from torchvision.transforms.v2.functional import adjust_hue, pad, pil_to_tensor
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------- constants
+# paper: of gta, synthia and cityscapes, unless one of them is named; official: the authors' code
 # in and out
 SOURCE = preset(toy=(f"folder:{DATA}/toy/game_train",), gta=("gta",), synthia=("synthia",),
                 cityscapes=("cityscapes",))         # several are mixed: gta,synthia
@@ -79,35 +80,35 @@ PREVIEW_EVERY = preset(toy=300, paper=2_000)
 def check():
     """Refuse what would fail late, hang, or train nonsense in silence. Raises Stop."""
     check_source(SOURCE)
+    expect_numbers(int, 32, 4096, DIM=DIM)
+    expect(DIM % 32 == 0, f"{DIM=}: expected a multiple of 32")
+    expect_numbers(int, len(CLASSES), 10_000, QUERIES=QUERIES)
+    expect_numbers(int, 0, 256, LAYERS=LAYERS, PIXEL_LAYERS=PIXEL_LAYERS, WORKERS=WORKERS)
+    expect_numbers(int, 1, 100_000, HIDDEN=HIDDEN, BATCH=BATCH)
     expect_numbers(float, 0, 1000, 3, LOSS_WEIGHTS=LOSS_WEIGHTS)
     expect(any(LOSS_WEIGHTS), f"{LOSS_WEIGHTS=}: one of them must be more than 0")
+    expect_numbers(float, 0, 1, NO_OBJECT=NO_OBJECT)
+    expect_numbers(int, 4, 10 ** 6, POINTS=POINTS)
     expect(UNLABELLED in ("ignore", "negative"), f"{UNLABELLED=}: expected ignore or negative")
+    expect_numbers(int, 1, 10 ** 8, ITERATIONS=ITERATIONS, LOG_EVERY=LOG_EVERY,
+                   SAVE_EVERY=SAVE_EVERY, PREVIEW_EVERY=PREVIEW_EVERY)
     expect_numbers(int, 32, 8192, 2, CROP=CROP)
     expect(not any(side % 32 for side in CROP), f"{CROP=}: rows, columns, multiples of 32")
     expect_numbers(float, .01, 100, 2, SCALE=SCALE)
     expect(SCALE[0] <= SCALE[1], f"{SCALE=}: expected the lowest, then the highest")
-    expect(SCHEDULE in ("constant", "poly"), f"{SCHEDULE=}: expected constant or poly")
-    expect_numbers(float, 0, 1, NO_OBJECT=NO_OBJECT)
     expect_numbers(float, 1e-12, 1, LR=LR)
     expect_numbers(float, 0, 100, ENCODER_LR=ENCODER_LR, WEIGHT_DECAY=WEIGHT_DECAY)
-    expect_numbers(float, 1e-9, 10 ** 6, GRAD_CLIP=GRAD_CLIP)
+    expect(SCHEDULE in ("constant", "poly"), f"{SCHEDULE=}: expected constant or poly")
     expect_numbers(int, 0, 10 ** 9, SEED=SEED, WARMUP=WARMUP)
-    expect_numbers(int, 1, 10 ** 8, ITERATIONS=ITERATIONS, LOG_EVERY=LOG_EVERY,
-                   SAVE_EVERY=SAVE_EVERY, PREVIEW_EVERY=PREVIEW_EVERY)
-    expect_numbers(int, 0, 256, WORKERS=WORKERS, LAYERS=LAYERS, PIXEL_LAYERS=PIXEL_LAYERS)
-    expect_numbers(int, 4, 10 ** 6, POINTS=POINTS)
-    expect_numbers(int, len(CLASSES), 10_000, QUERIES=QUERIES)
-    expect_numbers(int, 32, 4096, DIM=DIM)
-    expect(DIM % 32 == 0, f"{DIM=}: expected a multiple of 32")
-    expect_numbers(int, 1, 100_000, HIDDEN=HIDDEN, BATCH=BATCH)
+    expect_numbers(float, 1e-9, 10 ** 6, GRAD_CLIP=GRAD_CLIP)
     check_processes(BATCH)
 
 
 def check_source(names):
-    """SOURCE: a tuple of data sets, each named once, in whatever spelling. Raises Stop."""
-    right = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
-    right = right and names and "folder:" not in names
-    expect(right, f"SOURCE={names!r}: expected a tuple of data sets, as ('gta',)")
+    """SOURCE: a tuple of data sets, each named once, whatever its spelling. Raises Stop."""
+    right = isinstance(names, tuple) and names and {type(name) for name in names} == {str}
+    expect(right and "folder:" not in names,
+           f"SOURCE={names!r}: expected a tuple of data sets, as ('gta',)")
     folders = [Path(name.removeprefix("folder:")).resolve() for name in names]
     expect(len(set(folders)) == len(names), f"SOURCE={','.join(names)}: a data set is named twice")
 
@@ -169,7 +170,7 @@ def scale_and_crop(image, label, random, crop, scale, fill):
 
 def shuffled(n, key, i):
     """The i-th of an endless stream that has each of n numbers once per epoch. key: a tuple of
-    whole numbers, another one is another order."""
+    whole numbers; another key gives another order."""
     return np.random.default_rng((*key, i // n)).permutation(n)[i % n]
 
 
@@ -196,17 +197,12 @@ class SourceCrops(Dataset):
 
 def batches(dataset, size, first, last, workers, offset=0):
     """Batches number first to last - 1 of an endless dataset, of `size` items. Several processes
-    deal the items of a step among them, one by one from process `offset` on; a process that has
-    none gets None for every step."""
+    deal them one by one, from process `offset` on; one that gets no item has None as its batch."""
     mine = [k for k in range(size) if (offset + k) % common.PROCESSES == common.RANK]
     if not mine:
         return itertools.repeat(None, last - first)
-
-    def items():
-        for step in range(first, last):
-            for k in mine:
-                yield step * size + k
-    return DataLoader(dataset, len(mine), sampler=items(), num_workers=workers,
+    items = [i for i in range(first * size, last * size) if i % size in mine]
+    return DataLoader(dataset, len(mine), sampler=items, num_workers=workers,
                       pin_memory=torch.cuda.is_available(), generator=torch.Generator())
 
 
@@ -221,8 +217,8 @@ def load_library(name):
         import open_clip
         tag = None
         if not model.startswith(("local-dir:", "hf-hub:")):
-            model, slash, tag = model.rpartition("/")
-            expect(slash, f"ENCODER={name}: expected open_clip:NAME/TAG, as "
+            model, _, tag = model.rpartition("/")
+            expect(model, f"ENCODER={name}: expected open_clip:NAME/TAG, as "
                           "open_clip:RN50-quickgelu/openai")
         tower = open_clip.create_model(model, pretrained=tag, require_pretrained=True).visual
         return tower, tower.image_mean, tower.image_std
@@ -245,7 +241,7 @@ def load_library(name):
 
 
 class PlainViT(nn.Module):
-    """A ViT of timm as a pyramid: the ends of its blocks' four quarters, resized to the strides."""
+    """A ViT of timm as a pyramid: its features after each quarter of the blocks, resized."""
 
     def __init__(self, body, patch):
         super().__init__()
@@ -394,7 +390,7 @@ class Decoder(nn.Module):
         self.smooth = nn.ModuleList(normed(dim, 3) for _ in channels)
         self.mask_features = convolution(dim, dim, 1)
         self.layers = nn.ModuleList(QueryLayer(dim, heads, width) for _ in range(layers))
-        # Xavier as in Mask2Former; PixelLayer.mix, which it does not have, begins small with it
+        # Xavier as in Mask2Former; PixelLayer.mix has no counterpart there and begins small with it
         for part in (*self.lateral[1:], *self.pixel_layers, *self.layers):
             for weight in part.parameters():
                 if weight.dim() > 1:
@@ -509,10 +505,10 @@ def match(class_logits, mask_logits, labels, points, weights):
 
 @torch.no_grad()
 def uncertain_points(masks, labels, image_index, n):
-    """Pixels (M, n) at which masks (M, h, w) of images number image_index (M,) are taught: of three
-    times as many random ones those where the mask is least sure, and a quarter at random, as
-    Mask2Former. The masks of one image share the random pixels: that saves most of the drawing.
-    None of the uncertain ones is of IGNORE while others are left."""
+    """Pixels (M, n) at which masks (M, h, w) of images number image_index (M,) are taught, as in
+    Mask2Former: three quarters are those of 3 n random pixels where the mask is least sure, IGNORE
+    last; one quarter is random. The masks of one image share the random pixels, which saves most
+    of the drawing."""
     def draw(count):
         shape = len(labels), count
         return torch.randint(labels[0].numel(), shape, device=labels.device)[image_index]
@@ -610,10 +606,8 @@ def distributed(module, partly_used=False):
 # ---------------------------------------------------------------------------- saving and loading
 def network(encoder, decoder):
     """What is saved: the decoder, and the encoder if its weights are no longer the library's."""
-    parts = {"decoder": decoder}
-    if not encoder.is_pretrained:
-        parts["encoder"] = encoder
-    return nn.ModuleDict(parts)
+    trained = {} if encoder.is_pretrained else {"encoder": encoder}
+    return nn.ModuleDict({"decoder": decoder, **trained})
 
 
 def save_model(path, encoder, decoder, run):
@@ -621,9 +615,8 @@ def save_model(path, encoder, decoder, run):
     about = {"format": 2, "stage": run.stage, "preset": common.PRESET,
              "constants": run.inherited | run.constants, "classes": CLASSES,
              "encoder": common.portable(encoder.name), "decoder": decoder.sizes}
-    weights = {}
-    for name, value in network(encoder, decoder).state_dict().items():
-        weights[name] = value.contiguous()
+    weights = network(encoder, decoder).state_dict()
+    weights = {name: value.contiguous() for name, value in weights.items()}
     with common.whole(path) as part:
         part.write_bytes(safetensors.torch.save(weights, {"about": json.dumps(about)}))
 
@@ -637,23 +630,23 @@ def load_model(path):
     """-> encoder, decoder (on the CPU, in eval mode), about: {"stage", "preset", "constants",
     "classes", "encoder", "decoder"} of the run that saved them. Raises Stop."""
     path = model_file(path)
-    path.open("rb").close()                 # what cannot be opened is not called damaged
-    remedy = "train it again into another --OUT"
-    with common.explain(f"{path} is damaged", remedy), safe_open(path, "pt") as file:
+    path.open("rb").close()                 # what may not be opened is not damaged
+    damaged, remedy = f"{path} is damaged", "train it again into another --OUT"
+    with common.explain(damaged, remedy), safe_open(path, "pt") as file:
         about = json.loads((file.metadata() or {}).get("about", "{}"))
         weights = safetensors.torch.load_file(path)
     expect(about.get("format") == 2, f"{path} is no network of this version of the repo: {remedy}")
     expect(about["classes"] == CLASSES, f"{path} knows other classes (PRESET={about['preset']}): "
            + ", ".join(about["classes"]))
-    finite = all(value.isfinite().all() for value in weights.values())
-    expect(finite, f"{path} holds what is not a number: {remedy}")
+    expect(all(value.isfinite().all() for value in weights.values()),
+           f"{path} holds what is not a number: {remedy}")
     sizes = about["decoder"]
-    expect(sizes["layers"] + sizes["pixel_layers"] <= len(weights), f"{path} is damaged: {remedy}")
+    expect(sizes["layers"] + sizes["pixel_layers"] <= len(weights), f"{damaged}: {remedy}")
     encoder = Encoder(common.located(about["encoder"]))
     encoder.is_pretrained = not any(name.startswith("encoder.") for name in weights)
     with torch.device("meta"):              # its weights are those of the file
         decoder = Decoder(**sizes)
-    with common.explain(f"{path} is damaged", remedy):
+    with common.explain(damaged, remedy):
         network(encoder, decoder).load_state_dict(weights, assign=True)
     return encoder.eval(), decoder.eval(), about
 
@@ -670,21 +663,20 @@ class Progress:
             self.resume()
 
     def resume(self):
-        remedy = "remove it to begin again"
-        with common.explain(f"{self.checkpoint} is damaged", remedy):
-            damaged = zipfile.ZipFile(self.checkpoint).testzip()        # torch.load checks no sums
+        damaged, remedy = f"{self.checkpoint} is damaged", "remove it to begin again"
+        with common.explain(damaged, remedy):
+            bad_file = zipfile.ZipFile(self.checkpoint).testzip()       # torch.load does not
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        right = not damaged and isinstance(state, dict) and {"lines", "constants"} <= set(state)
-        right = right and state.get("step") in range(1, self.total)
-        expect(right, f"{self.checkpoint} is damaged: {remedy}")
+        expect(not bad_file and isinstance(state, dict) and {"lines", "constants"} <= set(state)
+               and state.get("step") in range(1, self.total), f"{damaged}: {remedy}")
         self.run.compare(state["constants"])
         self.first, self.lines = state["step"], state["lines"]
         for name, part in self.parts.items():
-            with common.explain(f"{self.checkpoint} is damaged", remedy):
+            with common.explain(damaged, remedy):
                 part.load_state_dict(state[name])
             numbers = part.parameters() if isinstance(part, nn.Module) else ()
-            finite = all(value.isfinite().all() for value in numbers)
-            expect(finite, f"{self.checkpoint} holds what is not a number: {remedy}")
+            expect(all(value.isfinite().all() for value in numbers),
+                   f"{self.checkpoint} holds what is not a number: {remedy}")
         print(f"resuming at step {self.first}")
 
     def steps(self, loader):
@@ -706,20 +698,18 @@ class Progress:
             self.log(done)
 
     def log(self, done):
-        """A line of the means since the last one, over all processes. Raises Stop if one of them
-        is not a number."""
+        """A line of the means since the last one. Raises Stop if one of them is not a number."""
         self.sums["seconds"] = time.time() - self.since
-        sums = [torch.as_tensor(value, device=common.device()) for value in self.sums.values()]
-        means = common.sum_of_processes(torch.stack([value.double() for value in sums]))
-        means = (means / common.PROCESSES / (done - self.logged)).tolist()      # waits for the GPU
-        if not np.isfinite(means).all():
-            raise Stop(f"not a number before step {done}. {self.checkpoint}, if there is one, is "
-                       "from before. Try a smaller LR, or HALF=False")
+        sums = torch.stack([torch.as_tensor(value, dtype=torch.double, device=common.device())
+                            for value in self.sums.values()])
+        means = common.sum_of_processes(sums) / common.PROCESSES / (done - self.logged)
+        means = means.tolist()                                      # waits for the GPU
+        expect(np.isfinite(means).all(), f"not a number before step {done}. {self.checkpoint}, if "
+               "there is one, is from before. Try a smaller LR, or HALF=False")
         line = {"step": done, **{name: round(mean, 5) for name, mean in zip(self.sums, means)}}
         self.lines.append(line)
         if common.RANK == 0:
-            text = "".join(json.dumps(one) + "\n" for one in self.lines)
-            common.write_text(self.run.out / "log.jsonl", text)
+            common.write_lines(self.run.out / "log.jsonl", self.lines)
         signs = "loss {loss:.2f} (class {class:.2f}, mask {mask:.2f}, dice {dice:.2f})"
         if "labelled" in line:
             signs += " | labelled {labelled:.2f}, changed {changed:.2f}"
@@ -751,7 +741,7 @@ def finish(run, progress, encoder, decoder):
     with common.whole(run.out / "loss.png") as part:
         axes.figure.savefig(part, format="png")
     run.finish()
-    save_model(run.result, encoder, decoder, run)           # last: it means finished
+    save_model(run.result, encoder, decoder, run)           # last: its presence means finished
     progress.checkpoint.unlink(missing_ok=True)
 
 
@@ -759,12 +749,12 @@ def finish(run, progress, encoder, decoder):
 def preview(path, encoder, decoder, crops, half):
     """image | prediction | truth of some source crops."""
     images, labels = default_collate(crops)
-    encoder.eval()              # the decoder has nothing that differs between the modes
-    guess = predict(encoder, decoder, images.to(encoder.mean.device), half).argmax(1)
+    encoder.eval()              # the decoder is alike in both modes
+    guesses = predict(encoder, decoder, images.to(encoder.mean.device), half).argmax(1)
     encoder.train()
-    columns = images.permute(0, 2, 3, 1), guess.byte().cpu(), labels.byte()
-    titles = "image", "prediction", "truth"
-    rows = [list(zip(titles, arrays)) for arrays in zip(*map(np.asarray, columns))]
+    rows = []
+    for image, guess, label in zip(images.numpy(), guesses.byte().cpu().numpy(), labels.numpy()):
+        rows.append([("image", image.transpose(1, 2, 0)), ("prediction", guess), ("truth", label)])
     common.save_sheet(path, rows)
 
 
@@ -782,13 +772,11 @@ def main():
     sizes = DIM, QUERIES, LAYERS, HIDDEN, PIXEL_LAYERS
     decoder = Decoder(encoder.channels, len(CLASSES), *sizes).to(device)
     optimizer, trained = make_optimizer([(decoder, 1), (encoder, ENCODER_LR)], WEIGHT_DECAY)
-    parts = {"decoder": decoder, "optimizer": optimizer}
-    if not FREEZE_ENCODER:
-        parts["encoder"] = encoder
+    parts = {"network": network(encoder, decoder), "optimizer": optimizer}
 
     run.start(bfloat16=half)
     progress = Progress(run, parts, ITERATIONS)
-    E = distributed(encoder, partly_used=True)          # open_clip's towers have a head besides
+    E = distributed(encoder, partly_used=True)          # open_clip's towers have an unused head
     D = distributed(decoder, partly_used=LAYERS == 0)
     loader = batches(crops, BATCH, progress.first, ITERATIONS, WORKERS)
     for step, (images, labels) in progress.steps(loader):

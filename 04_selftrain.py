@@ -30,23 +30,20 @@ from types import SimpleNamespace
 import common
 import numpy as np
 import torch
-from common import CLASSES, DATA, IGNORE, MINIATURES, RUN, Stop, expect, expect_numbers, preset
+from common import CLASSES, DATA, IGNORE, MINIATURES, RUN, expect, expect_numbers, preset
 from PIL import Image, ImageOps
 from scipy import ndimage
 from segment_anything import sam_model_registry
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import nn
 from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 source_stage = import_module("03_train_source")     # digits keep `import` from working
-load_model = source_stage.load_model                # the network and its loss (paper 3.1)
-predict = source_stage.predict
+predict = source_stage.predict                      # the network and its loss (paper 3.1)
 mask_loss = source_stage.mask_loss
 set_learning_rate = source_stage.set_learning_rate
-colour_jitter = source_stage.colour_jitter
-batches = source_stage.batches
-distributed = source_stage.distributed
 
 # ---------------------------------------------------------------------------- constants
 # in and out
@@ -58,7 +55,7 @@ N_PICTURES = 0                                      # only the first so many (Fi
 OUT = f"{RUN}/04_selftrain"
 # SAM and the pseudo-labels
 REFINE = "points"                                   # "off": raw labels (Table 4) | "vote": a mask
-                                                    # takes the teacher's majority below it
+                                                    # takes the teacher's majority inside it
 SAM = preset(toy=f"{MINIATURES}/sam", paper="vit_h")    # vit_b, vit_l; official: MobileSAM
 SAM_POINTS = 5                                      # random points per component (Figure 6)
 SAM_MIN_AREA = preset(toy=100, paper=5_000)         # pixels of a component (Figure 6), at CROP
@@ -92,7 +89,7 @@ of_init = ("CROP", "SCALE", "LOSS_WEIGHTS", "NO_OBJECT", "POINTS", "ENCODER_LR",
 def check():
     """Refuse what would fail late, hang, or train nonsense in silence. Raises Stop."""
     for name in common.constants(globals()):
-        expect(name not in of_init, f"{name} is as in the run of INIT: set it in 03 and train that")
+        expect(name not in of_init, f"{name} is that of the run of INIT: set it in 03, train again")
     source_stage.check_source(SOURCE)
     expect(GENERATED != "folder:", f"{GENERATED=}: expected folder:PATH")
     expect(REFINE in ("points", "off", "vote"), f"{REFINE=}: expected points, off or vote")
@@ -105,7 +102,7 @@ def check():
     expect_numbers(int, 1, 10 ** 8, ITERATIONS=ITERATIONS, LOG_EVERY=LOG_EVERY,
                    SAVE_EVERY=SAVE_EVERY, PREVIEW_EVERY=PREVIEW_EVERY)
     expect_numbers(int, 0, 10_000, N_SOURCE=N_SOURCE, N_GENERATED=N_GENERATED)
-    expect(N_SOURCE > 0, f"{N_SOURCE=}: without labelled images nothing holds the classes")
+    expect(N_SOURCE > 0, f"{N_SOURCE=}: without labelled images the classes drift")
     expect_numbers(float, 1e-12, 1, LR=LR)
     expect_numbers(int, 0, 256, WORKERS=WORKERS)
     source_stage.check_processes(N_SOURCE + N_GENERATED)
@@ -117,11 +114,11 @@ def inherited(about):
     init = SimpleNamespace()
     for name in of_init:
         expect(name in about["constants"], f"{INIT} records no {name}: train it again")
-        value = about["constants"][name]
-        setattr(init, name, tuple(value) if isinstance(value, list) else value)
-        other = getattr(source_stage, name)
-        if other != getattr(init, name):
-            print(f"{name}={getattr(init, name)} as in the run of INIT; the file of 03 has {other}")
+        value, other = about["constants"][name], getattr(source_stage, name)
+        value = tuple(value) if isinstance(value, list) else value
+        setattr(init, name, value)
+        if other != value:
+            print(f"{name}={value} as in the run of INIT; the file of 03 has {other}")
     return init
 
 
@@ -136,8 +133,7 @@ def load_sam(name):
     once, or a folder like the miniature's. Raises Stop."""
     if Path(name).is_dir():
         return import_module("tests.toy.sam").load(name)
-    if name not in sam_files:
-        raise Stop(f"SAM={name}: no such folder, and none of {', '.join(sam_files)}")
+    expect(name in sam_files, f"SAM={name}: no such folder, and none of {', '.join(sam_files)}")
     weights = common.HERE / "weights" / sam_files[name]
     while common.RANK and not weights.exists():     # of several processes the first downloads
         time.sleep(1)
@@ -149,20 +145,19 @@ def load_sam(name):
                 torch.hub.download_url_to_file(page, str(part))
             with part.open("rb") as file:
                 md5 = hashlib.file_digest(file, "md5").hexdigest()
-            expect(md5.startswith(weights.stem[-6:]), f"{page} came damaged: {remedy}")
-    weights.open("rb").close()                      # what cannot be opened is not called damaged
+            expect(md5.startswith(weights.stem[-6:]), f"{page} arrived damaged: {remedy}")
+    weights.open("rb").close()                      # what may not be opened is not damaged
     with common.explain(f"{weights} is damaged", f"remove it, then {remedy}"):
         sam = sam_model_registry[name](weights).eval().requires_grad_(False)
-    finite = all(value.isfinite().all() for value in sam.parameters())
-    expect(finite, f"{weights} holds what is not a number: remove it, then {remedy}")
+    expect(all(value.isfinite().all() for value in sam.parameters()),
+           f"{weights} holds what is not a number: remove it, then {remedy}")
     return sam
 
 
 @torch.no_grad()
 def embed_pictures(sam, files, size, half):
     """SAM's embedding of every picture at `size` (rows, columns), computed once and kept on disk as
-    float16, named by the contents of picture and SAM -> paths of .npy files. Several processes
-    deal the pictures among them."""
+    float16, named by the contents of picture and SAM -> paths of .npy files"""
     weights = common.digest(v.cpu().numpy().tobytes() for v in sam.state_dict().values())
     folder = Path(RUN, "sam_embeddings", f"{weights}_{size[0]}x{size[1]}_half={half}")
     paths = [folder / f"{common.digest([file.read_bytes()])}.npy" for file in files]
@@ -171,11 +166,9 @@ def embed_pictures(sam, files, size, half):
     patch = resize.target_length // sam.prompt_encoder.image_embedding_size[0]
     rows, columns = (side // patch for side in sam.preprocess(seen.to(sam.device)).shape[1:])
     shape = sam.prompt_encoder.embed_dim, rows, columns
-    missing = {}                                        # pictures of one content share a file
-    for file, path in list(zip(files, paths))[common.RANK::common.PROCESSES]:
-        if not is_embedding(path, shape):
-            missing[path] = file
-    missing = list(missing.items())
+    mine = list(zip(paths, files))[common.RANK::common.PROCESSES]
+    mine = dict(mine).items()                           # pictures of one content share a file
+    missing = [(path, file) for path, file in mine if not is_embedding(path, shape)]
     for start in tqdm(range(0, len(missing), SAM_BATCH), "SAM's embeddings", disable=None):
         part = missing[start:start + SAM_BATCH]
         pixels = np.stack([resize.apply_image(np.asarray(fit(file, size))) for _, file in part])
@@ -183,8 +176,8 @@ def embed_pictures(sam, files, size, half):
         with torch.autocast(sam.device.type, torch.bfloat16, enabled=half):
             embeddings = sam.image_encoder(sam.preprocess(pixels)).half().cpu().numpy()
         for (path, file), embedding in zip(part, embeddings):
-            expect(np.isfinite(embedding).all(), f"SAM's embedding of {file} is not a number: try "
-                                                 "HALF=False")
+            expect(np.isfinite(embedding).all(),
+                   f"SAM's embedding of {file} is not a number: try HALF=False")
             with common.whole(path) as unfinished, unfinished.open("wb") as out:
                 np.save(out, embedding)
     common.wait_for_others()
@@ -193,11 +186,9 @@ def embed_pictures(sam, files, size, half):
 
 def is_embedding(path, shape):
     """Whether a file holds an embedding; one that is damaged is made again."""
-    if not path.exists():
-        return False
     try:
         embedding = np.load(path)
-    except (ValueError, EOFError):
+    except (FileNotFoundError, ValueError, EOFError):
         return False
     right = embedding.shape == shape and embedding.dtype == np.float16
     return right and bool(np.isfinite(embedding).all() and embedding.any())
@@ -311,9 +302,9 @@ def painted_files(generated):
     else:
         folder, names = Path(generated).parent, set()
         for row in common.read_lines(generated, "file"):
-            right = isinstance(row["file"], str) and row["file"] == Path(row["file"]).name
-            expect(right, f"{generated}: {row['file']!r} is no name of a file")
-            names.add(row["file"])
+            name = row["file"]
+            expect(name == Path(str(name)).name, f"{generated}: {name!r} is not the name of a file")
+            names.add(name)
         files = [folder / name for name in sorted(names)]
         common.need([(f, "run 02_generate.py again: it paints what is missing") for f in files])
     expect(files, f"GENERATED={generated} holds no picture. To train without: --N_GENERATED=0")
@@ -321,7 +312,7 @@ def painted_files(generated):
 
 
 def fit(path, size):
-    """A picture as PIL RGB of `size` (rows, columns): resized to cover it and cut evenly."""
+    """A picture as PIL RGB, scaled to cover `size` (rows, columns) and cropped at the centre."""
     return ImageOps.fit(common.read_image(path), size[::-1], Image.BICUBIC)
 
 
@@ -337,12 +328,12 @@ class PaintedPictures(Dataset):
         k = source_stage.shuffled(len(self.files), (*self.key, 3), i)
         random = np.random.default_rng((*self.key, 4, i))
         clean = self.clean(k)
-        seen = colour_jitter(clean, random)
+        seen = source_stage.colour_jitter(clean, random)
         flipped = random.random() < .5
         return clean, seen.flip(2) if flipped else seen, flipped, self.embedding(k), i
 
     def clean(self, k):
-        return torch.from_numpy(np.array(fit(self.files[k], self.size))).permute(2, 0, 1)
+        return pil_to_tensor(fit(self.files[k], self.size))
 
     def embedding(self, k):
         if not self.embeddings:
@@ -355,15 +346,14 @@ def vital_signs(rough, pseudo, prompts):
     """What SAM did to the teacher's labels, the mean over the painted pictures of a step and over
     the processes -> {name: scalar tensor}, see README."""
     known = (pseudo != IGNORE).flatten(1)
-    changed = ((rough != pseudo) & (pseudo != IGNORE)).flatten(1)
+    changed = (rough != pseudo).flatten(1) & known
     signs = {"labelled": known.float().mean(1), "changed": changed.sum(1) / known.sum(1).clamp(1),
              "prompts": torch.tensor([float(len(points)) for points in prompts])}
     return {name: each.sum() * common.PROCESSES / N_GENERATED for name, each in signs.items()}
 
 
 def preview(path, pictures, teacher, student, sam, half):
-    """image | teacher | SAM with its prompts | student, of the first four painted pictures.
-    teacher, student: (encoder, decoder)"""
+    """image | teacher | SAM | student, of four pictures. teacher, student: (encoder, decoder)"""
     shown = range(min(4, len(pictures.files)))
     clean = torch.stack([pictures.clean(k) for k in shown]).to(student[0].mean.device)
     embeddings = torch.stack([pictures.embedding(k) for k in shown]).to(clean.device)
@@ -375,35 +365,30 @@ def preview(path, pictures, teacher, student, sam, half):
     student[0].train()
     rows = []
     for k in shown:
-        image, labelled, redrawn, learnt = (
-            part[k].byte().cpu().numpy() for part in (clean, rough, pseudo, guess))
-        drawn = common.COLOURS[redrawn]
+        image, drawn = clean[k].cpu().numpy().transpose(1, 2, 0), common.COLOURS[pseudo[k].cpu()]
         for x, y in prompts[k].reshape(-1, 2).astype(int):
             drawn[max(0, y - 1):y + 2, max(0, x - 1):x + 2] = 255
-        rows.append([("image", image.transpose(1, 2, 0)), ("teacher", labelled),
-                     ("SAM and its prompts", drawn), ("student", learnt)])
+        rows.append([("image", image), ("teacher", rough[k].cpu().numpy()),
+                     ("SAM and its prompts", drawn), ("student", guess[k].cpu().numpy())])
     common.save_sheet(path, rows)
 
 
 # ---------------------------------------------------------------------------- the joint loop
-def need_earlier_stages():
-    wanted = {source_stage.model_file(INIT): "03_train_source.py writes it when it is finished: "
-              "run that first, or name a network: --INIT=PATH"}
-    if N_GENERATED and not GENERATED.startswith("folder:"):
-        wanted[GENERATED] = ("02_generate.py writes it when it is finished: run that first. A "
-                             "folder of your own: folder:PATH. None: --N_GENERATED=0")
-    common.need(wanted.items())
-
-
 def main():
-    need_earlier_stages()
-    encoder, student, about = load_model(INIT)
+    init_file = source_stage.model_file(INIT)
+    wanted = [(init_file, "03_train_source.py writes it when it is finished: run that first, or "
+               "name a network: --INIT=PATH")]
+    if N_GENERATED and not GENERATED.startswith("folder:"):
+        wanted += [(GENERATED, "02_generate.py writes it when it is finished: run that first. A "
+                    "folder of your own: folder:PATH. None: --N_GENERATED=0")]
+    common.need(wanted)
+    encoder, student, about = source_stage.load_model(INIT)
     init = inherited(about)
     files = painted_files(GENERATED) if N_GENERATED else []
     crops = source_stage.SourceCrops(SOURCE, (SEED, 4), init.CROP, init.SCALE, encoder.fill)
     facts = {"classes and ids": common.class_ids(), "source pairs": crops.digest(),
              "painted pictures": common.files_digest(files),
-             "weights of INIT": common.digest([source_stage.model_file(INIT).read_bytes()])}
+             "weights of INIT": common.digest([init_file.read_bytes()])}
     free = ("INIT", "GENERATED", "SAM_CHUNK", "SAM_BATCH")
     run = common.Run(globals(), "model.safetensors", free, facts)
     run.inherited = about["constants"]
@@ -417,38 +402,39 @@ def main():
     optimizer, trained = source_stage.make_optimizer([(student, 1), (encoder, init.ENCODER_LR)],
                                                      init.WEIGHT_DECAY)
     # theta_T <- theta <- theta_0
-    teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    teacher_encoder = encoder
-    parts = {"student": student, "teacher": teacher, "optimizer": optimizer}
+    teacher, teacher_encoder = copy.deepcopy(student).eval().requires_grad_(False), encoder
     if not FREEZE_ENCODER:
         teacher_encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
-        parts |= {"encoder": encoder, "teacher_encoder": teacher_encoder}
+    parts = {"student": source_stage.network(encoder, student),
+             "teacher": source_stage.network(teacher_encoder, teacher), "optimizer": optimizer}
 
     run.start(bfloat16=half)
     progress = source_stage.Progress(run, parts, ITERATIONS)
     embeddings = embed_pictures(sam, files, init.CROP, half) if sam else ()
     pictures = PaintedPictures(files, embeddings, (SEED, 4), init.CROP)
     span = progress.first, ITERATIONS, WORKERS
-    source_batches = batches(crops, N_SOURCE, *span)
-    painted_batches = batches(pictures, N_GENERATED, *span, offset=N_SOURCE)
-    E = distributed(encoder, partly_used=True)
-    D = distributed(student, partly_used=not len(student.layers))
+    loaders = zip(source_stage.batches(crops, N_SOURCE, *span),
+                  source_stage.batches(pictures, N_GENERATED, *span, offset=N_SOURCE))
+    E = source_stage.distributed(encoder, partly_used=True)
+    D = source_stage.distributed(student, partly_used=not len(student.layers))
 
     no_signs = dict.fromkeys(("labelled", "changed", "prompts"), torch.zeros(()))
-    for step, (source, painted) in progress.steps(zip(source_batches, painted_batches)):
+    for step, (source, painted) in progress.steps(loaders):
         torch.manual_seed((10 * SEED + 4) * 10 ** 9 + step)     # a step repeats after a resume
-        images, labels, signs = [], [], no_signs if N_GENERATED else {}
-        if source:                  # of several processes some have source images alone, some none
-            images.append(source[0].to(device, non_blocking=True))
-            labels.append(source[1].to(device, non_blocking=True).long())
+        images, labels = [], []
+        signs = no_signs if N_GENERATED else {}
+        if source:                  # under torchrun a process may have one kind of pictures alone
+            crop, label = source
+            images.append(crop.to(device, non_blocking=True))
+            labels.append(label.to(device, non_blocking=True).long())
         if painted:
-            *painted, items = painted
-            clean, seen, flipped, embeddings = (p.to(device, non_blocking=True) for p in painted)
+            *tensors, items = painted
+            clean, seen, flipped, embedding = (t.to(device, non_blocking=True) for t in tensors)
             # 1. the teacher labels the clean painted images: p = D_T(E(x))
             rough = predict(teacher_encoder, teacher, clean, half).argmax(1)
             # 2. SAM redraws those labels (3.3)
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                pseudo, prompts = redraw(sam, embeddings, rough, items.tolist())
+                pseudo, prompts = redraw(sam, embedding, rough, items.tolist())
             signs = vital_signs(rough, pseudo, prompts)
             # the student sees them jittered and some of them flipped
             images.append(seen)
@@ -466,9 +452,7 @@ def main():
         # 4. theta_T <- EMA theta_T + (1 - EMA) theta (eq. 2)
         done = step + 1
         if done % EMA_EVERY == 0:
-            update_teacher(teacher, student, EMA)
-            if not FREEZE_ENCODER:
-                update_teacher(teacher_encoder, encoder, EMA)
+            update_teacher(parts["teacher"], parts["student"], EMA)
 
         progress.record(done, {"loss": loss, **terms, "norm": norm, **signs}, LOG_EVERY)
         if common.RANK == 0 and files and (done % PREVIEW_EVERY == 0 or done == ITERATIONS):

@@ -12,14 +12,11 @@ One confusion matrix per target counts the labelled pixels of all images: IoU = 
 mIoU is the mean over classes, in percent. There are two protocols:
     native    scores up-sampled to the truth's own size; a class that is predicted but nowhere in
               the truth counts 0: as cityscapesScripts, and the number to compare across papers.
-    clouds    truth resized to the network's input, classes that it lacks left out: as officially.
+    clouds    truth resized to the network's input, classes that it lacks left out: officially.
 Folders whose names differ only in a suffix, 04_selftrain and 04_selftrain_seed1, are seeds of one
 experiment. Check: 04_selftrain has a higher mean than 03_train_source.
 --IMAGES=my_photos labels pictures instead: train ids and overlays in OUT/images."""
-import json
-import os
 import re
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -32,7 +29,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 source_stage = import_module("03_train_source")                 # the network (paper 3.1)
-bar = partial(tqdm, leave=False, disable=None, dynamic_ncols=True)
 
 # ---------------------------------------------------------------------------- constants
 # in and out
@@ -115,20 +111,20 @@ def network_input(image, short_side):
 
 def segment(encoder, decoder, image, size):
     """uint8 (H, W, 3) -> uint8 `size` (rows, columns): at every pixel the train id with the highest
-    score. Scores are resized, not labels, so that thin things survive."""
+    score. Scores are resized, not labels, so that thin objects survive."""
     pixels = torch.as_tensor(image).permute(2, 0, 1)[None].to(common.device())
     scores = source_stage.predict(encoder, decoder, pixels, common.bfloat16(HALF))
-    scores = torch.nn.functional.interpolate(scores, size, mode="bilinear", align_corners=False)
-    return scores[0].argmax(0).to(torch.uint8).cpu().numpy()
+    scores = source_stage.resize(scores, size)
+    return scores[0].argmax(0).byte().cpu().numpy()
 
 
 class Scenes(Dataset):
     """The (image, label) pairs of a target: item i is the network's input uint8 (h, w, 3) and the
     truth uint8 (H, W). Raises Stop."""
 
-    def __init__(self, target, pairs, short_side, protocol):
-        self.target, self.pairs = target, pairs
-        self.short_side, self.protocol = short_side, protocol
+    def __init__(self, target):
+        self.target, self.pairs = target, common.pairs(target, "val")
+        self.short_side, self.protocol = SHORT_SIDE, PROTOCOL       # a worker reads the file anew
 
     def __len__(self):
         return len(self.pairs)
@@ -156,8 +152,8 @@ class Scenes(Dataset):
 def kept_matrix(path):
     """The confusion matrix in a file, int64 (C, C), or None: absent, damaged, of other classes."""
     try:
-        matrix = np.load(path) if path.exists() else np.zeros(0)
-    except (ValueError, EOFError):
+        matrix = np.load(path)
+    except (FileNotFoundError, ValueError, EOFError):
         return None
     right = matrix.shape == (len(CLASSES), len(CLASSES)) and matrix.dtype == np.int64
     return matrix if right and matrix.min() >= 0 and matrix.any() else None
@@ -173,7 +169,7 @@ def score(network, scenes, path, title):
     matrix = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
     mine = range(common.RANK, len(scenes), common.PROCESSES)
     loader = DataLoader(scenes, None, sampler=mine, num_workers=WORKERS)
-    for image, truth in bar(loader, title):
+    for image, truth in tqdm(loader, title, leave=False, disable=None, dynamic_ncols=True):
         prediction = segment(*network, image, truth.shape)
         matrix += confusion(truth.numpy(), prediction, len(CLASSES))
     matrix = common.sum_of_processes(torch.from_numpy(matrix).to(common.device())).cpu().numpy()
@@ -185,8 +181,8 @@ def score(network, scenes, path, title):
 
 
 def checkpoints():
-    """{name: file} of what is to be scored. A name is a folder's path in RUN, or as given; another
-    file than the model's stands behind it, as 04_selftrain (teacher). Raises Stop."""
+    """{name: file} of what is to be scored. A name is a folder's path in RUN, or as given; a file
+    other than model.safetensors is added in brackets: 04_selftrain (teacher). Raises Stop."""
     finished = sorted(Path(RUN).glob("0*/model.safetensors"))
     files, named = [], {}
     for given in CHECKPOINTS or finished or [f"{RUN}/03_train_source/model.safetensors"]:
@@ -194,9 +190,7 @@ def checkpoints():
     hint = "03_train_source.py and 04_selftrain.py write it when they are finished: run them first"
     common.need([(file, hint) for file in files])
     for file in files:
-        folder = Path(os.path.abspath(file.parent))
-        if folder.is_relative_to(RUN):
-            folder = folder.relative_to(RUN)
+        folder = common.absolute(file.parent).removeprefix(f"{RUN}/")
         named[f"{folder} ({file.stem})".removesuffix(" (model)")] = file
     return named
 
@@ -259,7 +253,7 @@ def add_to_panel(panel, name, network, scenes):
 
 # ---------------------------------------------------------------------------- main
 def label_pictures(run, file):
-    """Label IMAGES; a.jpg becomes OUT/images/KIND/a.jpg.png, so no two meet. Raises Stop."""
+    """Label IMAGES; a.jpg becomes OUT/images/KIND/a.jpg.png: no two collide. Raises Stop."""
     folder = Path(IMAGES)
     paths = common.pictures(folder)
     expect(paths, f"--IMAGES={IMAGES}: expected a folder with pictures")
@@ -268,7 +262,7 @@ def label_pictures(run, file):
     run.start()
     network, failed = load(file), []
     paths = paths[common.RANK::common.PROCESSES]        # torchrun's processes deal them
-    for path in bar(paths, "labelling"):
+    for path in tqdm(paths, "labelling", leave=False, disable=None, dynamic_ncols=True):
         try:
             image = common.read_image(path)
             label = segment(*network, network_input(image, SHORT_SIDE), image.size[::-1])
@@ -279,8 +273,7 @@ def label_pictures(run, file):
         except Stop as problem:         # one bad picture does not end the others
             failed.append(f"\n{problem}")
     print(f"{file} labelled {len(paths) - len(failed)} of {len(paths)} pictures: {OUT}/images")
-    if failed:
-        raise Stop(f"{len(failed)} of {len(paths)} pictures failed:" + "".join(failed))
+    expect(not failed, f"{len(failed)} of {len(paths)} pictures failed:" + "".join(failed))
 
 
 def score_all(models, targets):
@@ -292,9 +285,8 @@ def score_all(models, targets):
         network, weights = load(file), common.digest([file.read_bytes()])
         scores = {}
         for target, scenes in targets.items():
-            title = Path(target).name
-            key = f"{file.parent.name}_{title}_{weights}_{contents[target]}"
-            path = f"confusion/{key}.npy"               # in OUT, which may be moved
+            title = Path(target).name               # path: in OUT, which may be moved
+            path = f"confusion/{file.parent.name}_{title}_{weights}_{contents[target]}.npy"
             matrix = score(network, scenes, Path(OUT, path), f"{name} on {title}")
             miou, each = mean_iou(matrix)
             scores[target] = {"miou": miou, "iou": each, "images": len(scenes), "confusion": path}
@@ -312,9 +304,7 @@ def main():
     models = checkpoints()
     if IMAGES:
         return label_pictures(run, list(models.values())[-1])
-    targets = {}
-    for target in TARGETS:
-        targets[target] = Scenes(target, common.pairs(target, "val"), SHORT_SIDE, PROTOCOL)
+    targets = {target: Scenes(target) for target in TARGETS}
     common.device()
     run.start()
     rows, panels = score_all(models, targets)
@@ -325,8 +315,8 @@ def main():
     common.write_text(run.out / "results.md", text)
     run.finish()
     results = {"protocol": PROTOCOL, "classes": SCORED, "rows": rows}
-    common.write_text(run.result, json.dumps(results) + "\n")
-    for title, panel in panels.items():         # last: whatever drawing stumbles over, scores stay
+    common.write_lines(run.result, [results])
+    for title, panel in panels.items():         # last: no drawing may cost the scores
         common.save_sheet(run.out / "panels" / f"{title}.png", list(panel.values()))
 
 

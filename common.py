@@ -1,6 +1,9 @@
 """
 common: what the five stages share, and nothing of the method itself: the run (presets, constants
 from the shell, folders, whole files), the labels (classes, colours, ids) and the data sets.
+
+Who reads the stages needs the docstrings of preset, expect, explain, whole, Run, pairs and
+read_pair; the rest is furniture.
 """
 import ast
 import ctypes
@@ -73,17 +76,16 @@ def portable(value):
     """A text, or a tuple of texts, as it is recorded: RUN, DATA and the repo may be moved later."""
     if isinstance(value, tuple):
         return [portable(item) for item in value]
-    if isinstance(value, str):
-        for name, folder in ("$RUN", RUN), ("$DATA", DATA), ("$REPO", HERE.as_posix()):
-            value = value.replace(f"{folder}/", f"{name}/")
-    return value
+    if not isinstance(value, str):
+        return value
+    value = value.replace(f"{RUN}/", "$RUN/").replace(f"{DATA}/", "$DATA/")
+    return value.replace(f"{HERE.as_posix()}/", "$REPO/")
 
 
 def located(text):
     """The inverse of portable(), for a text."""
-    for name, folder in ("$RUN", RUN), ("$DATA", DATA), ("$REPO", HERE.as_posix()):
-        text = text.replace(f"{name}/", f"{folder}/")
-    return text
+    text = text.replace("$RUN/", f"{RUN}/").replace("$DATA/", f"{DATA}/")
+    return text.replace("$REPO/", f"{HERE.as_posix()}/")
 
 
 class Stop(Exception):
@@ -98,7 +100,7 @@ def expect(condition, text):
 
 def expect_numbers(kind, low, high, count=None, **named):
     """Raise Stop unless every constant NAME=value is a number of this kind (int, or float, which
-    takes both) from low to high; with a count, a tuple of so many of them."""
+    takes both) from low to high; with a count, a tuple of `count` of them."""
     for name, value in named.items():
         numbers = value if count else (value,)
         right = isinstance(numbers, tuple) and len(numbers) == (count or 1)
@@ -220,7 +222,7 @@ def launch(stage):
 @lru_cache(1)
 def device():
     """The GPU (of several processes each has its own), or the CPU, where a run repeats exactly.
-    Under torchrun the processes meet here."""
+    Under torchrun this joins the process group."""
     torch.set_float32_matmul_precision("high")                      # TensorFloat-32
     torch.utils.deterministic.fill_uninitialized_memory = False
     chosen = torch.device("cpu")
@@ -241,15 +243,15 @@ def keep_memory():
     """glibc keeps what it has freed. On torch 2.14 every second start took ten times as long per
     step without this, measured on an AMD EPYC."""
     trim_threshold, top_pad, mmap_max = -1, -2, -4                  # the numbers of mallopt(3)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2 ** 31 - 1)
         mallopt(top_pad, 2 ** 26)
 
 
 def bfloat16(wanted):
-    """Whether bfloat16 is used: if it is wanted (HALF), and the GPU computes in it itself."""
+    """Whether bfloat16 is used: if HALF asks for it and the GPU supports it natively."""
     if wanted and torch.cuda.is_available():
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             print(f"HALF: {torch.cuda.get_device_name()} has no bfloat16, float32 is used")
@@ -258,13 +260,13 @@ def bfloat16(wanted):
 
 
 def wait_for_others():
-    """Under torchrun: go on when every process has come here."""
+    """Under torchrun: wait until every process has reached this point."""
     if PROCESSES > 1:
         torch.distributed.barrier()
 
 
 def sum_of_processes(tensor):
-    """A tensor's sum over the processes of torchrun, which all must call this."""
+    """A tensor's sum over the processes of torchrun, all of which must call this."""
     if PROCESSES > 1:
         tensor = tensor.clone()
         torch.distributed.all_reduce(tensor)
@@ -276,8 +278,7 @@ def need(wanted):
     missing = [f"no {path}\n  {how}" for path, how in wanted if not Path(path).exists()]
     if len(missing) > 10:
         missing[10:] = [f"... {len(missing)} files are missing"]
-    if missing:
-        raise Stop("\n".join(missing))
+    expect(not missing, "\n".join(missing))
 
 
 @contextmanager
@@ -305,7 +306,7 @@ def write_text(path, text):
 @contextmanager
 def explain(what, remedy):
     """An error of the library that is called in the block becomes one line: what failed, the
-    error's words, the remedy. Full memory, and a mistake in a line of ours, stay what they are."""
+    error's words, the remedy. Full memory and mistakes in our own code are raised unchanged."""
     try:
         yield
     except Exception as error:
@@ -317,6 +318,11 @@ def explain(what, remedy):
             raise
         words = (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]
         raise Stop(f"{what} ({words})\n  {remedy}") from error
+
+
+def write_lines(path, rows):
+    """A file of one JSON object per line."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_lines(path, *keys):
@@ -352,7 +358,7 @@ class Run:
     """The folder of one stage: run.json, and the result, whose presence means finished.
 
     free: constants that may change when a run is resumed, besides FREE. facts: {text: value}, what
-    else it is made of, compared like a constant. Raises Stop if the folder was made otherwise."""
+    else it is made of, compared like a constant. Raises Stop if it was made with others."""
 
     def __init__(self, stage, result, free=(), facts=None):
         self.out, self.stage = Path(stage["OUT"]), Path(stage["__file__"]).stem
@@ -368,9 +374,8 @@ class Run:
             self.info = read_lines(self.record, "stage", "constants")[0]
             expect(isinstance(self.info["constants"], dict),
                    f"{self.record} holds no constants: remove the file, or name another --OUT")
-        elif made:
-            raise Stop(f"{self.out} holds files, and no run.json of these scripts: name another "
-                       "--OUT, or move them away")
+        expect(self.record.exists() or not made, f"{self.out} holds files, and no run.json of "
+               "these scripts: name another --OUT, or move them away")
         expect(self.info["stage"] == self.stage,
                f"{self.out} belongs to {self.info['stage']}: name another --OUT")
         if made > {"run.json"}:
@@ -380,17 +385,15 @@ class Run:
         """Raise Stop if constants {name: value} of an earlier start differ from today's."""
         for name in {**self.constants, **earlier}:
             before, now = earlier.get(name, "nothing"), self.constants.get(name, "nothing")
-            if before != now and name not in self.free:
-                made = f"{name}={before} (now {now})"
-                if len(made) > 200:
-                    made = f"other {name}"
-                raise Stop(f"{self.out} was made with {made}. Another experiment is another "
-                           f"folder: --OUT={self.out}_{name.split()[0].lower()}")
+            made = f"{name}={before} (now {now})"
+            made = made if len(made) <= 200 else f"other {name}"
+            expect(before == now or name in self.free, f"{self.out} was made with {made}. Another "
+                   f"experiment is another folder: --OUT={self.out}_{name.split()[0].lower()}")
 
     def finished(self):
-        if self.result.exists():
+        if self.finished_before:
             print(f"{self.stage}: finished before, see {self.result}; another --OUT starts anew")
-        return self.result.exists()
+        return self.finished_before
 
     def start(self, lock=".lock", **facts):
         """Make and lock the folder, and write run.json. Raises Stop if another job is in it."""
@@ -401,8 +404,8 @@ class Run:
                 locks[-1].acquire(timeout=10)       # a killed job's workers hold it for 5 seconds
             except Timeout:
                 raise Stop(f"{self.out} is in use by another job: wait for it") from None
-        if self.result.exists() and not self.finished_before:
-            raise Stop(f"{self.out} was finished by another job in this moment")
+        expect(self.finished_before or not self.result.exists(),
+               f"{self.out} has just been finished by another job")
         libraries = "torch", "open_clip_torch", "timm", "transformers", "diffusers"
         self.save(constants=self.constants, preset=PRESET, argv=sys.argv, commit=git_commit(),
                   processes=PROCESSES, **facts,
@@ -412,7 +415,7 @@ class Run:
     def save(self, **facts):
         self.info.update(facts)
         if RANK == 0:
-            write_text(self.record, json.dumps(self.info) + "\n")
+            write_lines(self.record, [self.info])
 
     def finish(self, **facts):
         """Add time and memory to run.json. The stage's result is saved after this."""
@@ -432,7 +435,19 @@ def git_commit():
 
 # ============================================================================ the labels
 IGNORE = 255            # the train id of a pixel that must not teach and is not scored
-TABLE = """
+
+
+def read_table(text):
+    """Lines `class | colour | ids | ids ...` -> {class: [colour, ids, ids ...]}, of tuples"""
+    table = {}
+    for line in text.strip().splitlines():
+        name, *columns = line.split("|")
+        table[name.strip()] = [tuple(map(int, column.split())) for column in columns]
+    return table
+
+
+# class, colour, its ids in: Cityscapes and GTA5 (column 1), SYNTHIA (2), Mapillary v1.2 (3)
+TABLE = read_table("""
 road          | 128  64 128 |  7 |  3 | 13 24 41
 sidewalk      | 244  35 232 |  8 |  4 | 2 15
 building      |  70  70  70 | 11 |  2 | 17
@@ -452,28 +467,16 @@ bus           |   0  60 100 | 28 | 19 | 54
 train         |   0  80 100 | 31 | 20 | 58
 motorcycle    |   0   0 230 | 32 | 12 | 57
 bicycle       | 119  11  32 | 33 | 11 | 52
-"""     # class, colour, its ids in: Cityscapes and GTA5 (column 1), SYNTHIA (2), Mapillary v1.2 (3)
+""")
 TOY = ("road, sidewalk, building, fence, pole, traffic sign, vegetation, sky, person, car, bus, "
        "bicycle").split(", ")
-
-
-def read_table(text):
-    """Lines `class | colour | ids | ids ...` -> {class: [colour, ids, ids ...]}, of tuples"""
-    table = {}
-    for line in text.strip().splitlines():
-        name, *columns = line.split("|")
-        table[name.strip()] = [tuple(map(int, column.split())) for column in columns]
-    return table
-
-
-TABLE = read_table(TABLE)
 TABLE = preset(toy={name.split()[-1]: TABLE[name] for name in TOY}, paper=TABLE)
 # for classes of your own, here: TABLE = read_table("wall | 120 120 120 \n floor | 80 50 50")
 CLASSES = list(TABLE)
 
 
 def class_ids():
-    """Every class with its ids, as a run records them; its colour is of no account."""
+    """Every class with its ids, as a run records them; its colour does not matter."""
     return {name: row[1:] for name, row in TABLE.items()}
 
 
@@ -499,16 +502,16 @@ for weather, val in {"fog": 100, "night": 106, "rain": 100, "snow": 100}.items()
     ids, pattern, changes, _ = LAYOUTS["acdc"]
     LAYOUTS[f"acdc_{weather}"] = ids, pattern.replace("*", weather, 1), changes, (400, val)
 FOLDER = (0, "images/**", {"/images/": "/labels/"}, None)
-# of these label and image differ in size; the official list leaves them out as well
+# pairs whose label and image differ in size; the official list omits them too
 GTA_LEFT_OUT = {f"{i:05d}" for i in (15188, 17705, *range(20801, 20861))}
-# the last id of a column, or of a data set; what else Cityscapes' colours show, all without a class
+# the last id of a column, or of a data set; further colours of Cityscapes' labels, none of a class
 LAST_ID = {0: len(CLASSES) - 1, 1: 34, 2: 22, 3: 65, "urbansyn": 19}
 VOID = ((0, 0, 0), (20, 20, 20), (111, 74, 0), (81, 0, 81), (250, 170, 160), (230, 150, 140),
         (180, 165, 180), (150, 100, 100), (150, 120, 90), (0, 0, 90), (0, 0, 110))
 OTHERS = ("Train ids are read as folder:PATH, Cityscapes' labelIds by a row with column 1 in "
           "LAYOUTS (common.py); of Mapillary take v1.2; resize labels with nearest neighbour")
 KINDS = ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"
-Image.MAX_IMAGE_PIXELS = 150_000_000        # of twice as many, PIL refuses to decode a picture
+Image.MAX_IMAGE_PIXELS = 150_000_000        # PIL refuses a picture with more than twice as many
 SAID = set()
 
 
@@ -518,9 +521,9 @@ def say_once(name, what, path):
     SAID.add((name, what))
 
 
-def pictures(folder, deep=True):
-    """Sorted paths of the pictures in a folder, deep: and below it. Links are followed, a folder
-    that is reached twice counts once. Prints what was passed over."""
+def pictures(folder):
+    """Sorted paths of the pictures in a folder and below it. Links are followed, a folder that is
+    reached twice counts once. Prints what was passed over."""
     found, passed, seen, waiting = [], Counter(), set(), [Path(folder)]
     for place in waiting:                               # which grows
         if place.resolve() in seen or not place.is_dir():
@@ -530,7 +533,7 @@ def pictures(folder, deep=True):
             path = place / entry.name
             if entry.name.startswith("."):
                 passed["hidden"] += 1
-            elif entry.is_dir() and deep:
+            elif entry.is_dir():
                 waiting.append(path)
             elif entry.is_file() and path.suffix.lower() in KINDS:
                 found.append(path)
@@ -546,9 +549,9 @@ def pairs(name, split):
     """All (image, label) paths of a data set, sorted. `folder:PATH` means PATH/images, and PNGs
     of train ids with the same stems in PATH/labels. split: "train" or "val". Raises Stop, also
     where the labels cannot be those of this data set."""
-    root = Path(name[7:] if name.startswith("folder:") else DATA).expanduser()
-    if name not in LAYOUTS and not name.startswith("folder:"):
-        raise Stop(f"{name} is not a data set: there are {', '.join(LAYOUTS)}, folder:PATH")
+    root = Path(name.removeprefix("folder:") if name.startswith("folder:") else DATA).expanduser()
+    expect(name in LAYOUTS or name.startswith("folder:"),
+           f"{name} is not a data set: there are {', '.join(LAYOUTS)}, folder:PATH")
     toy = root.parent == Path(DATA, "toy")
     if toy and RANK == 0 and not root.exists():
         print(f"drawing the miniature world into {root.parent} (about a minute, once)")
@@ -557,20 +560,19 @@ def pairs(name, split):
         time.sleep(1)
     _, pattern, changes, official = LAYOUTS.get(name, FOLDER)
     places, ending = pattern.format(split=split).split("**")
-    found, images = {}, []
+    left_out = GTA_LEFT_OUT if name == "gta" else ()
+    found = {}
     for place in sorted(glob(places, root_dir=root)):
-        images += pictures(root / place)
-    for image in images:
-        if image.stem.endswith(ending) and not (name == "gta" and image.stem in GTA_LEFT_OUT):
+        for image in pictures(root / place):
+            if image.stem in left_out or not image.stem.endswith(ending):
+                continue
             label = f"/{image.relative_to(root).with_suffix('.png').as_posix()}"
             for old, new in changes.items():
                 label = label.replace(old, new, 1)
             other = found.setdefault(root / label[1:], image)
-            if other != image:
-                raise Stop(f"{other} and {image} have one label: take one of them away")
-    if not found:
-        raise Stop(f"no images at {root}/{places}\n  README, 'Data', says where they come from. "
-                   "To try the code without: PRESET=toy")
+            expect(other == image, f"{other} and {image} have one label: take one of them away")
+    expect(found, f"no images at {root}/{places}\n  README, 'Data', says where they come from. "
+                  "To try the code without: PRESET=toy")
     need([(label, f"it is the label of {image}") for label, image in found.items()])
     numbers = f" (official numbers of train, val: {official})" if official else ""
     print(f"{name}, {split}: {len(found)} pairs{numbers}")
@@ -590,16 +592,16 @@ def judge(name, labels):
         edges += (left != middle).sum()
         thin += ((left != middle) & (middle != right)).sum()
         between += inside.sum()
-    # blending puts ids between two others on their border: at 28 to 65 % of all edges in Cityscapes
-    # and CamVid resized so, at 0 to 5 % in true labels; of what is thin 40 to 99 % (noise: 33 %)
-    if between > max(100, .2 * edges, .37 * thin):
-        raise Stop(f"{name}: its labels were resized with blending, which made borders of ids of "
-                   f"other classes.\n  {OTHERS}")
-    if LAYOUTS.get(name, FOLDER)[0] and not seen[19:IGNORE].any():
-        raise Stop(f"{name}: no label has an id above 18: they look like train ids.\n  {OTHERS}")
+    # blending puts ids between two others on their border: in Cityscapes and CamVid resized so, at
+    # 28 to 65 % of all edges and 40 to 99 % of what is one pixel thin (true labels 0 to 5 %, noise
+    # 33 % of what is thin)
+    expect(between <= max(100, .2 * edges, .37 * thin), f"{name}: its labels were resized with "
+           f"blending, which made borders of ids of other classes.\n  {OTHERS}")
+    column = LAYOUTS.get(name, FOLDER)[0]
+    expect(column == 0 or seen[19:IGNORE].any(),
+           f"{name}: no label has an id above 18: they look like train ids.\n  {OTHERS}")
     classes = np.setdiff1d(train_ids[seen], IGNORE)
-    if not len(classes):
-        raise Stop(f"{name}: no pixel has a label. tests/check_data.py shows a data set")
+    expect(len(classes), f"{name}: no pixel has a label. tests/check_data.py shows a data set")
     if len(classes) == 1:
         print(f"warning: {name}: {CLASSES[classes[0]]} is the only class")
 
@@ -607,8 +609,8 @@ def judge(name, labels):
 def load(path, kind):
     """A picture file -> PIL image as stored; uint8 or deeper (H, W) or (H, W, n), the file's own
     numbers, where PIL changes them (few bits per pixel, 16 of RGB), else None. Raises Stop."""
-    if not Path(path).is_file():                        # a pipe would be waited for
-        raise Stop(f"{path} cannot be read as a {kind}: it is no file")
+    if not Path(path).is_file():                        # opening a pipe would block
+        raise Stop(f"{path} cannot be read as a {kind}: it is not a file")
     with explain(f"{path} cannot be read as a {kind}",
                  "it is damaged or no picture: unpack it once more, or take it away"):
         image = Image.open(path)
@@ -625,8 +627,8 @@ def load(path, kind):
 
 
 def read_image(path, upright=True):
-    """-> PIL image, RGB, without transparency; upright: turned as its EXIF says. White is the
-    least of 1 (floats), 255, 4095, 65535 that no pixel exceeds. Raises Stop."""
+    """-> PIL image, RGB, without transparency; upright: turned as its EXIF says. The value of
+    white is the smallest of 1 (floats), 255, 4095, 65535 that no pixel exceeds. Raises Stop."""
     image, pixels = load(path, "picture")
     info = image.info
     if pixels is not None and image.mode != "L":
@@ -651,8 +653,8 @@ def numbering(name):
     train_ids, id_of = np.full(256, 254, np.uint8), dict.fromkeys(VOID, IGNORE)
     train_ids[[*range(LAST_ID.get(name, LAST_ID[column]) + 1), IGNORE]] = IGNORE
     for train_id, row in enumerate(TABLE.values()):
-        if column >= len(row):
-            raise Stop(f"{name}: the classes in TABLE (common.py) have no ids in column {column}")
+        expect(column < len(row),
+               f"{name}: the classes in TABLE (common.py) have no ids in column {column}")
         ids = row[column] if column else (train_id,)
         train_ids[list(ids)], id_of[row[0]] = train_id, ids[0]
     return train_ids, id_of
@@ -715,7 +717,7 @@ def read_label(path, name, *sizes, raw=False):
 
 def read_pair(image_path, label_path, name):
     """-> (PIL image RGB, uint8 (H, W) of train ids). EXIF turns the image only where it does not
-    fit its label as it is stored: that is what most tools draw labels on. Raises Stop."""
+    fit its label as it is stored, for most annotation tools ignore EXIF. Raises Stop."""
     image = upright = read_image(image_path, upright=False)
     if image.getexif().get(0x0112, 1) > 1:
         upright = ImageOps.exif_transpose(image)

@@ -103,7 +103,7 @@ def test_names_that_are_imported_or_local_are_no_constants(edited):
 def test_what_04_takes_from_03_is_no_constant_of_04(edited, monkeypatch, say, name):
     assert f"--{name}=1: expected --" in say("04_selftrain", f"--{name}=1")
     module = edited("04_selftrain", "\nSEED = 0\n", f"\n{name} = 64\nSEED = 0\n")
-    assert f"{name} is as in the run of INIT" in message_of(module, monkeypatch)
+    assert f"{name} is that of the run of INIT" in message_of(module, monkeypatch)
 
 
 def test_04_says_where_the_file_of_03_reads_otherwise_by_now(trained, tmp_path, data, capsys):

@@ -243,7 +243,7 @@ def test_a_wrong_label_is_named(say, folder, label, answer):
     ("{tmp}/empty.jsonl", "is empty"), ("{tmp}", "expected lines of JSON"),
     ("folder:{tmp}/none", "holds no picture"), ("folder:", "GENERATED"),
     ("{tmp}/lost.jsonl", "no {tmp}/lost.png"), ("{tmp}/other.jsonl", "line 1: expected file"),
-    ("{tmp}/foreign.jsonl", "'../../../etc/passwd' is no name of a file")])
+    ("{tmp}/foreign.jsonl", "'../../../etc/passwd' is not the name of a file")])
 def test_generated_must_be_an_index_or_a_folder_of_pictures(say, finished, tmp_path, generated,
                                                             answer):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")

@@ -310,7 +310,7 @@ def test_a_loss_that_is_not_a_number_keeps_an_earlier_checkpoint(say, tmp_path, 
     out = tmp_path / "run/03_train_source"
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert 0 < state["step"] < int(re.search(r"step (\d+)", message)[1])
-    assert all(tensor.isfinite().all() for tensor in state["decoder"].values())
+    assert all(tensor.isfinite().all() for tensor in state["network"].values())
     assert not (out / "model.safetensors").exists()
 
 

@@ -252,7 +252,7 @@ def score(out, split, styles):
     for style in styles:
         folder = f"{style}_validation" if split == "validation" else style
         target = f"folder:{common.DATA}/toy/{folder}"
-        scenes = evaluate.Scenes(target, common.pairs(target, "val"), 0, evaluate.PROTOCOL)
+        scenes = evaluate.Scenes(target)
         matrix = evaluate.score(network, scenes, out / "scores" / f"{folder}.npy", folder)
         miou, each = evaluate.mean_iou(matrix)
         found[style] = {"miou": round(miou, 3), "iou": each}
