@@ -7,6 +7,7 @@ A run of an idea that is stopped and resumed may differ from one that is not: id
 count or find in memory. The rows of the report were not stopped.
 """
 import itertools
+from unittest import mock
 
 import numpy as np
 import torch
@@ -139,6 +140,41 @@ def no_dice(stage):
     stage.mask_loss = of_each_kind
 
 
+def soft_labels(stage):
+    """The masks of painted pictures learn how sure the teacher is of their class, in place of 0 and
+    1, wherever SAM left a label."""
+    parts, last = stage.source_stage, {}
+    predict, redraw, mask_loss = stage.predict, stage.redraw, stage.mask_loss
+    mask_costs = parts.mask_costs
+
+    def noted(name, function):
+        def wrapped(*arguments):
+            last[name] = function(*arguments)
+            return last[name]
+        return wrapped
+
+    def soft_costs(logits, target, valid):
+        if logits.shape[1] == 1:        # of the masks that are taught, not of the matching
+            _, image, _, classes = last["match"]
+            scores = last["scores"][image, classes].flatten(1)
+            target = scores.gather(1, last["points"])[..., None] * valid
+        return mask_costs(logits, target, valid)
+
+    def of_each_kind(classes, masks, labels, *rest):
+        n = stage.N_SOURCE
+        source, terms = mask_loss(classes[:, :n], masks[:, :n], labels[:n], *rest)
+        scores, (pseudo, _) = last["predict"].clamp(max=1), last["redraw"]
+        same = (labels[n:] == pseudo).flatten(1).all(1)         # or the student's view is flipped
+        last["scores"] = torch.where(same[:, None, None, None], scores, scores.flip(3))
+        with mock.patch.multiple(parts, match=noted("match", parts.match), mask_costs=soft_costs,
+                                 uncertain_points=noted("points", parts.uncertain_points)):
+            painted, _ = mask_loss(classes[:, n:], masks[:, n:], labels[n:], *rest)
+        share = n / len(labels)
+        return share * source + (1 - share) * painted, terms
+    stage.predict, stage.redraw = noted("predict", predict), noted("redraw", redraw)
+    stage.mask_loss = of_each_kind
+
+
 # ------------------------------------------------------------------- SAM's masks
 def grid(stage, spacing=16, least=.25):
     """SAM draws each picture once, from a grid of points. Large masks lie below small ones; each
@@ -216,8 +252,8 @@ def deep_points(stage):
 
 IDEAS = {"mirror": mirror, "ramp": ramp, "CLIP's text scores": text_scores,
          "surest half": sure_half, "sure besides SAM": sure_besides, "no dice": no_dice,
-         "grid": grid, "by IoU": by_iou, "like its piece": like_its_piece,
-         "deep points": deep_points}
+         "soft labels": soft_labels, "grid": grid, "by IoU": by_iou,
+         "like its piece": like_its_piece, "deep points": deep_points}
 
 
 # ------------------------------------------------------------------- prompts of so many classes

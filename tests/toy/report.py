@@ -96,6 +96,7 @@ IDEAS = {
     "four_classes": "(a) prompts that name four classes",
     "one_class": "(a) prompts that name one class",
     "no_dice": "(b) no dice loss on painted pictures",
+    "soft_labels": "(b) the teacher's scores in place of labels on painted pictures",
     "grid": "(c) SAM's masks of a grid of points, majority of the teacher's sure pixels",
     "surest_half": "(d) only the surest half of the pixels, after SAM",
     "surest_half_raw": "(d) only the surest half of the pixels, raw labels",

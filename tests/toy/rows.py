@@ -92,6 +92,7 @@ ROWS = {
     "surest_half_raw":   (SELF,  (PAINTED, "--REFINE=off"),                 "surest half"),
     "sure_besides":      (SELF,  (PAINTED,),                           "sure besides SAM"),
     "no_dice":           (SELF,  (PAINTED,),                                     "no dice"),
+    "soft_labels":       (SELF,  (PAINTED,),                                 "soft labels"),
     "by_iou":            (SELF,  (PAINTED,),                                      "by IoU"),
     "like_its_piece":    (SELF,  (PAINTED,),                              "like its piece"),
     "deep_points":       (SELF,  (PAINTED,),                                 "deep points"),
