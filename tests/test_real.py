@@ -23,21 +23,6 @@ def needs(*folders):
     return pytest.mark.skipif(bool(missing), reason=f"no {', '.join(missing)}")
 
 
-@needs(REAL / "cityscapes")
-def test_cityscapes_labels_are_read_as_cityscapesscripts_names_them(monkeypatch):
-    labels = pytest.importorskip("cityscapesscripts.helpers.labels").name2label
-    monkeypatch.setattr(common, "DATA", str(REAL))
-    found = common.pairs("cityscapes", "val")[:3]
-    for image, path in found:
-        ids = np.asarray(Image.open(path))
-        read = common.read_label(path, "cityscapes", common.read_image(image).size)
-        wanted = np.full(ids.shape, common.IGNORE)
-        for train_id, name in enumerate(common.CLASSES):
-            official = {"light": "traffic light", "sign": "traffic sign"}.get(name, name)
-            wanted[ids == labels[official].id] = train_id
-        assert (read == wanted).all() and (read != common.IGNORE).mean() > .5
-
-
 @needs(CNN, DAY)
 def test_a_real_cnn_gives_timms_features_of_a_real_picture():
     import timm

@@ -1,0 +1,69 @@
+"""What several tests compare with, or read, that this repo does not write itself: official ids of
+the data sets, labels in all forms, deep PNGs, small diffusion models in the official format."""
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+# ---------------------------------------------------------------------------- ids
+# train ids of the data sets' ids, as the official code has them; what is not listed is IGNORE
+CITYSCAPES = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11,
+              25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+SYNTHIA = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12,
+           8: 13, 18: 14, 19: 15, 20: 16, 12: 17, 11: 18}
+MAPILLARY = {13: 0, 24: 0, 41: 0, 2: 1, 15: 1, 17: 2, 6: 3, 3: 4, 45: 5, 47: 5, 48: 6, 50: 7, 30: 8,
+             29: 9, 27: 10, 19: 11, 20: 12, 21: 12, 22: 12, 55: 13, 61: 14, 54: 15, 58: 16, 57: 17,
+             52: 18}
+MAPILLARY_2 = (21, 24, 27, 12, 5, 85, 93, 100, 64, 63, 61, 30, 32, 108, 114, 107, 111, 110, 105)
+
+
+# ---------------------------------------------------------------------------- labels
+def palette_picture(ids):
+    picture = Image.fromarray(np.asarray(ids, np.uint8), "P")
+    picture.putpalette(list(range(256)) * 3)
+    return picture
+
+
+def reordered(ids, colours):
+    """A lossless palette picture, its numbers in an order of their own. colours: (256, 3)"""
+    used, numbers = np.unique(ids, return_inverse=True)
+    order = np.random.default_rng(1).permutation(len(used))
+    picture = Image.fromarray(np.argsort(order)[numbers].reshape(ids.shape).astype(np.uint8), "P")
+    picture.putpalette(colours[used[order]].ravel().tolist())
+    return picture
+
+
+# forms in which ids uint8 (H, W) may come: functions of the ids and the colour of every id
+GREY = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)
+FORMS = {"grey": lambda ids, _: Image.fromarray(ids),
+         "palette": lambda ids, _: palette_picture(ids),
+         "grey palette": lambda ids, _: reordered(ids, GREY),
+         "palette of colours": reordered,
+         "RGB of colours": lambda ids, colours: Image.fromarray(colours[ids]),
+         "RGB of ids": lambda ids, _: Image.fromarray(GREY[ids]),
+         "LA": lambda ids, _: Image.fromarray(ids).convert("LA"),
+         "16 bits": lambda ids, _: Image.fromarray(ids.astype(np.uint16)),
+         "32 bits": lambda ids, _: Image.fromarray(ids.astype(np.int32))}
+
+
+def png16(path, numbers, bits=16, kind=2):
+    """Write a PNG with 1 to 16 bits per channel, which PIL cannot: kind 0 is grey, 2 is RGB. The
+    rows after the first are stored as differences to the left where pixels are whole bytes."""
+    def chunk(name, body):
+        check = zlib.crc32(name + body)
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", check)
+
+    numbers = np.asarray(numbers)
+    step = max(1, bits * (3 if kind else 1) // 8)
+    every_bit = numbers.reshape(len(numbers), -1, 1) >> np.arange(bits)[::-1] & 1
+    rows = np.packbits(every_bit.reshape(len(numbers), -1).astype(np.uint8), 1)
+    raw = b"\0" + rows[0].tobytes()
+    for row in rows[1:]:
+        raw += b"\1" + np.concatenate((row[:step], row[step:] - row[:-step])).tobytes()
+    head = struct.pack(">IIBBBBB", numbers.shape[1], len(numbers), bits, kind, 0, 0, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
+                     + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
+    return path
