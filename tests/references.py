@@ -5,7 +5,10 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+
+import common
 
 # ---------------------------------------------------------------------------- ids
 # train ids of the data sets' ids, as the official code has them; what is not listed is IGNORE
@@ -67,3 +70,60 @@ def png16(path, numbers, bits=16, kind=2):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
                      + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
     return path
+
+
+# ---------------------------------------------------------------------------- models
+def scheduler(name, **more):
+    import diffusers
+    return getattr(diffusers, name)(**more)
+
+
+DIFFUSION = Path(common.MINIATURES, "diffusion")
+BETAS = {"beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear"}
+
+
+def parts(text_model):
+    """What the models share: tokenizer, text encoder, VAE of two times two pixels per latent
+    one"""
+    import transformers
+    from diffusers import AutoencoderKL
+    down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=down, up_block_types=up,
+                        latent_channels=4, norm_num_groups=4, sample_size=32, shift_factor=.1)
+    config = transformers.CLIPTextConfig(
+        vocab_size=2048, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=77, projection_dim=16)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(DIFFUSION / "tokenizer")
+    return tokenizer, getattr(transformers, text_model)(config).eval(), vae.eval()
+
+
+def tiny_sd(folder, prediction):
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    torch.manual_seed(0)
+    tokenizer, encoder, vae = parts("CLIPTextModel")
+    unet = UNet2DConditionModel(
+        sample_size=16, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=4,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=16).eval()
+    own = scheduler("DDIMScheduler", prediction_type=prediction, steps_offset=1, clip_sample=False,
+                    **BETAS)
+    StableDiffusionPipeline(vae, encoder, tokenizer, unet, own, None, None,
+                            requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+def tiny_sd3(folder):
+    """A transformer that matches a flow, as Stable Diffusion 3"""
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import T5Config, T5EncoderModel
+    torch.manual_seed(0)
+    tokenizer, clip, vae = parts("CLIPTextModelWithProjection")
+    transformer = SD3Transformer2DModel(
+        sample_size=32, patch_size=1, in_channels=4, out_channels=4, num_layers=1,
+        attention_head_dim=8, num_attention_heads=2, joint_attention_dim=32,
+        caption_projection_dim=16, pooled_projection_dim=32).eval()
+    t5 = T5Config(vocab_size=2048, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    own = scheduler("FlowMatchEulerDiscreteScheduler")
+    StableDiffusion3Pipeline(transformer, own, vae, clip, tokenizer, clip, tokenizer,
+                             T5EncoderModel(t5).eval(), tokenizer).save_pretrained(folder)
+    return folder
