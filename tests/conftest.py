@@ -169,3 +169,14 @@ def module_of(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """launched(module, *arguments, main=...) -> the message with which it, or this main(), ends."""
+    def call(module, *arguments, **changed):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            common.launch(vars(module) | changed)
+        return stopped.value.code
+    return call
