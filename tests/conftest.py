@@ -176,7 +176,8 @@ def launched(monkeypatch):
     """launched(module, *arguments, main=...) -> the message with which it, or this main(), ends."""
     def call(module, *arguments, **changed):
         monkeypatch.setattr(sys, "argv", [module.__file__, *arguments])
+        vars(module).update(changed)
         with pytest.raises(SystemExit) as stopped:
-            common.launch(vars(module) | changed)
+            common.launch(vars(module))
         return stopped.value.code
     return call
