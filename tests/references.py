@@ -1,14 +1,17 @@
-"""What several tests compare with, or read, that this repo does not write itself: official ids of
-the data sets, labels in all forms, deep PNGs, small diffusion models in the official format."""
+"""What several tests share and what is no test: official ids of the data sets, labels in all forms,
+deep PNGs, small diffusion models in the official format, stand-ins for an LLM and a pipeline."""
+import json
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image
 
 import common
+from conftest import fresh
 
 # ---------------------------------------------------------------------------- ids
 # train ids of the data sets' ids, as the official code has them; what is not listed is IGNORE
@@ -127,3 +130,90 @@ def tiny_sd3(folder):
     StableDiffusion3Pipeline(transformer, own, vae, clip, tokenizer, clip, tokenizer,
                              T5EncoderModel(t5).eval(), tokenizer).save_pretrained(folder)
     return folder
+
+
+# ---------------------------------------------------------------------------- stand-ins
+def run_main(module, **constants):
+    """main() of a stage with these constants, and what launch() does after it."""
+    vars(module).update(constants)
+    try:
+        module.main()
+    finally:
+        while common.locks:
+            common.locks.pop().release()
+
+
+class FakeLLM:
+    """Answers with one line per class, another place for every seed; stops after `most` answers."""
+    def __init__(self, most=999):
+        self.most, self.seeds, self.requests = most, [], []
+
+    def __call__(self, request, seed):
+        if len(self.seeds) == self.most:
+            raise KeyboardInterrupt
+        self.seeds.append(seed)
+        self.requests.append(request)
+        classes = ("car", "bus", "sky", "road") if seed % 3 else common.CLASSES
+        lines = [f"{k + 1}. a photo of a {c} in town {seed}" for k, c in enumerate(classes)]
+        return {"answer": "\n".join(lines) + "\n6. a photo of", "cut": True}
+
+
+class Network(torch.nn.Conv2d):
+    dtype = property(lambda self: self.weight.dtype)
+
+
+class FakePipeline:
+    """Stands for a pipeline of diffusers: paints a colour that depends on seed and batch."""
+    def __init__(self, sampler=None, dtype=torch.float32):
+        self.scheduler = sampler or scheduler("EulerDiscreteScheduler")
+        self.unet, self.batches = Network(2, 2, 3, dtype=dtype), []
+
+    def to(self, device):
+        self.device = torch.device(device)
+
+    def set_progress_bar_config(self, disable):
+        assert disable
+
+    def __call__(self, prompt, generator, num_inference_steps, height, width, guidance_scale=1):
+        self.batches.append(prompt)
+        shade, images = len("".join(prompt)) % 256, []
+        for g in generator:
+            images.append(Image.new("RGB", (width, height), (shade, g.initial_seed() % 256, 9)))
+            images[-1].putpixel((0, 0), (255, 255, 255))
+        return SimpleNamespace(images=images)
+
+
+class WithoutGuidance(FakePipeline):
+    def __call__(self, prompt, generator, num_inference_steps, height, width):
+        return super().__call__(prompt, generator, num_inference_steps, height, width)
+
+
+PROMPTS = ["a photo of a car in rain", "a photo of a bus in the snow", "a photo of a tram in €"]
+
+
+class Job:
+    """Runs of 02 in one folder with a fake pipeline, groups of two, five images if not told so"""
+    def __init__(self, folder):
+        self.out, self.prompts, self.pipeline = folder / "out", folder / "prompts.txt", None
+        folder.mkdir(exist_ok=True)
+        self.prompts.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+
+    def run(self, preview=False, **constants):
+        """-> the batches that were painted"""
+        stage = fresh("02_generate")
+        if not preview:
+            stage.contact_sheet = lambda *_: None
+        self.pipeline = constants.pop("pipeline", FakePipeline())
+        vars(stage).update({"OUT": str(self.out), "PROMPTS": str(self.prompts), "GROUP": 2,
+                            "N_IMAGES": 5, "SIZE": (16, 16)} | constants)
+        stage.load_pipeline = lambda name: (self.pipeline, {
+            "num_inference_steps": 1, "height": 16, "width": 16})
+        stage.check()
+        run_main(stage)
+        return self.pipeline.batches
+
+    def index(self):
+        return [json.loads(line) for line in (self.out / "index.jsonl").read_text().splitlines()]
+
+    def pictures(self):
+        return {path.name: path.read_bytes() for path in sorted(self.out.glob("0*.png"))}

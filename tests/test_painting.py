@@ -1,9 +1,7 @@
 """02: which sampler a model gets, that its pictures are those of the library, and that whatever
 stops or grows a run, every picture comes out as if one run had painted all."""
-import json
 import os
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +10,8 @@ from PIL import Image
 
 import common
 from conftest import fresh
-from references import BETAS, DIFFUSION, scheduler, tiny_sd, tiny_sd3
-
-PROMPTS = ["a photo of a car in rain", "a photo of a bus in the snow", "a photo of a tram in €"]
+from references import (BETAS, DIFFUSION, PROMPTS, FakePipeline, Job, WithoutGuidance, scheduler,
+                        tiny_sd, tiny_sd3)
 
 
 def load(folder, **constants):
@@ -66,36 +63,6 @@ def test_a_flow_matching_model_follows_its_own_sampler(tmp_path):
 
 
 # ---------------------------------------------------------------------------- how one is loaded
-class Network(torch.nn.Conv2d):
-    dtype = property(lambda self: self.weight.dtype)
-
-
-class FakePipeline:
-    """Stands for a pipeline of diffusers: paints a colour that depends on seed and batch."""
-    def __init__(self, sampler=None, dtype=torch.float32):
-        self.scheduler = sampler or scheduler("EulerDiscreteScheduler")
-        self.unet, self.batches = Network(2, 2, 3, dtype=dtype), []
-
-    def to(self, device):
-        self.device = torch.device(device)
-
-    def set_progress_bar_config(self, disable):
-        assert disable
-
-    def __call__(self, prompt, generator, num_inference_steps, height, width, guidance_scale=1):
-        self.batches.append(prompt)
-        shade, images = len("".join(prompt)) % 256, []
-        for g in generator:
-            images.append(Image.new("RGB", (width, height), (shade, g.initial_seed() % 256, 9)))
-            images[-1].putpixel((0, 0), (255, 255, 255))
-        return SimpleNamespace(images=images)
-
-
-class WithoutGuidance(FakePipeline):
-    def __call__(self, prompt, generator, num_inference_steps, height, width):
-        return super().__call__(prompt, generator, num_inference_steps, height, width)
-
-
 @pytest.fixture
 def fake(monkeypatch):
     """fake(pipeline) makes diffusers load that pipeline -> the list of arguments of each load"""
@@ -137,13 +104,13 @@ def test_other_samplers_become_euler_with_their_settings(fake, name):
 
 
 def test_guidance_is_obeyed_or_refused(fake):
+    fake(FakePipeline())
+    for value in (0, 4.):
+        assert load("owner/name", GUIDANCE=value)[1]["guidance_scale"] == value
     fake(WithoutGuidance())
     assert set(load("owner/name", GUIDANCE=0)[1]) == {"num_inference_steps", "height", "width"}
     with pytest.raises(common.Stop, match="owner/name has no guidance: set GUIDANCE=0"):
         load("owner/name", GUIDANCE=3)
-    fake(FakePipeline())
-    for value in (0, 4.):
-        assert load("owner/name", GUIDANCE=value)[1]["guidance_scale"] == value
 
 
 @pytest.mark.parametrize("dtype, missing, tried", [
@@ -178,38 +145,6 @@ def test_a_model_that_is_not_there_or_lacks_a_part_is_named(say, job, tmp_path, 
 
 
 # ---------------------------------------------------------------------------- runs
-class Job:
-    """Runs of 02 in one folder with a fake pipeline, groups of two, five images if not told so"""
-    def __init__(self, folder):
-        self.out, self.prompts, self.pipeline = folder / "out", folder / "prompts.txt", None
-        folder.mkdir(exist_ok=True)
-        self.prompts.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
-
-    def run(self, preview=False, **constants):
-        """-> the batches that were painted"""
-        stage = fresh("02_generate")
-        if not preview:
-            stage.contact_sheet = lambda *_: None
-        self.pipeline = constants.pop("pipeline", FakePipeline())
-        vars(stage).update({"OUT": str(self.out), "PROMPTS": str(self.prompts), "GROUP": 2,
-                            "N_IMAGES": 5, "SIZE": (16, 16)} | constants)
-        stage.check()
-        stage.load_pipeline = lambda name: (self.pipeline, {
-            "num_inference_steps": 1, "height": 16, "width": 16})
-        try:
-            stage.main()
-        finally:
-            while common.locks:         # as launch() does
-                common.locks.pop().release()
-        return self.pipeline.batches
-
-    def index(self):
-        return [json.loads(line) for line in (self.out / "index.jsonl").read_text().splitlines()]
-
-    def pictures(self):
-        return {path.name: path.read_bytes() for path in sorted(self.out.glob("0*.png"))}
-
-
 @pytest.fixture
 def job(tmp_path):
     return Job(tmp_path / "job")
@@ -237,24 +172,20 @@ def test_image_i_has_prompt_i_mod_p_and_seed_plus_i(job):
 @pytest.mark.parametrize("damage", [
     lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-30])],
     ids=["missing", "cut off"])
-def test_a_picture_that_is_not_whole_is_painted_in_its_group_although_the_index_stands(whole,
-                                                                                       damage):
+def test_a_picture_that_is_lost_is_painted_in_its_group_though_the_index_stands(whole, damage):
     before = whole.pictures()
     damage(whole.out / "00003_p0000.png")
     assert whole.run(N_IMAGES=7) == [[PROMPTS[2], PROMPTS[0]]] and whole.pictures() == before
 
 
-def test_more_images_are_added_in_the_same_folder(job, whole):
+def test_more_or_fewer_images_may_be_asked_for_in_the_same_folder(job, whole):
     job.run(N_IMAGES=3)
     assert len(job.index()) == len(job.pictures()) == 3
     assert len(job.run(N_IMAGES=7)) == 3                # the batch that was cut, and two new ones
     assert job.pictures() == whole.pictures() and job.index() == whole.index()
-
-
-def test_fewer_images_are_for_04_to_take(whole):
-    before = whole.index()
-    (whole.out / "00006_p0000.png").unlink()            # not one of the two
-    assert whole.run(N_IMAGES=2) == [] and whole.index() == before
+    (job.out / "00006_p0000.png").unlink()
+    assert job.run(N_IMAGES=2) == []                    # it is none of the two, which are for 04
+    assert job.index() == whole.index()
 
 
 def test_shards_paint_what_one_run_paints(job, whole, capsys):
@@ -338,7 +269,8 @@ def kill(out):
 
 
 @pytest.mark.parametrize("event, error, message, batches", [
-    (kill, KeyboardInterrupt, None, 2), (shutil.rmtree, common.Stop, "out was removed meanwhile", 4),
+    (kill, KeyboardInterrupt, None, 2),
+    (shutil.rmtree, common.Stop, "out was removed meanwhile: run the same command again", 4),
     (lambda out: (out / "00000_p0000.png").unlink(), common.Stop,
      "what was painted was removed meanwhile: run the same command again", 1)],
     ids=["killed", "folder removed", "picture removed"])
