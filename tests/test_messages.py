@@ -2,6 +2,7 @@
 anything is written."""
 import json
 import os
+import re
 import runpy
 import signal
 import time
@@ -153,13 +154,12 @@ def test_an_unfinished_earlier_stage_does_not_count(say, tmp_path):
 
 
 def test_a_data_set_that_is_not_there(refused, say, tmp_path):
-    message = say("03_train_source", "--SOURCE=gta")
-    assert "no images at" in message and "PRESET=toy" in message
     message = refused("03_train_source", "--SOURCE=cityscape")
     assert "cityscape is not a data set: there are gta, synthia, urbansyn, cityscapes" in message
-    assert "no images at" in say("03_train_source", f"--SOURCE=folder:{tmp_path}/none")
     (tmp_path / "empty/images").mkdir(parents=True)
-    assert "no images at" in say("03_train_source", f"--SOURCE=folder:{tmp_path}/empty")
+    for source in ("gta", f"folder:{tmp_path}/none", f"folder:{tmp_path}/empty"):
+        message = say("03_train_source", f"--SOURCE={source}")
+        assert "no images at" in message and "PRESET=toy" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -187,8 +187,7 @@ def test_a_wrong_label_stops_the_run(say, folder, label, answer):
     ("folder:{tmp}/none", "holds no picture"), ("folder:", "GENERATED"),
     ("{tmp}/lost.jsonl", "no {tmp}/lost.png"), ("{tmp}/other.jsonl", "line 1: expected file"),
     ("{tmp}/foreign.jsonl", "'../../../etc/passwd' is no name of a file")])
-def test_generated_must_be_an_index_or_a_folder_of_pictures(say, finished, tmp_path, generated,
-                                                            answer):
+def test_generated_is_an_index_or_a_folder_of_pictures(say, finished, tmp_path, generated, answer):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     for name, content in (("empty", ""), ("lost", '{"file": "lost.png"}'), ("other", '{"a": 1}'),
                           ("foreign", '{"file": "../../../etc/passwd"}')):
@@ -196,8 +195,7 @@ def test_generated_must_be_an_index_or_a_folder_of_pictures(say, finished, tmp_p
     generated, answer = (text.format(tmp=tmp_path) for text in (generated, answer))
     message = say("04_selftrain", f"--GENERATED={generated}",
                   f"--INIT={finished[0]}/03_train_source/model.safetensors")
-    assert answer in message and brief(message)
-    assert not (tmp_path / "run").exists()
+    assert answer in message and brief(message) and not (tmp_path / "run").exists()
 
 
 def test_sam_that_is_no_folder_and_none_of_its_sizes(say, finished, tmp_path):
@@ -274,22 +272,22 @@ def test_folders_of_models_that_are_not_there(say):
 
 
 # ---------------------------------------------------------------------------- run folders
-def test_a_folder_of_another_stage_is_refused(say, finished):
-    message = say("03_train_source", f"--OUT={finished[0]}/01_prompts")
-    assert "01_prompts belongs to 01_prompts: name another --OUT" in message
+REMOVE = "03_train_source/run.json.*remove the file"
 
 
-@pytest.mark.parametrize("content", [
-    "", "no JSON", "[]", '{"stage": "03_train_source"}', "3",
-    '{"stage": "03_train_source", "constants": [1]}'])
-def test_a_record_that_is_something_else_is_named(say, tmp_path, content):
+@pytest.mark.parametrize("content, answer", [
+    ("", REMOVE), ("no JSON", REMOVE), ("[]", REMOVE), ("3", REMOVE),
+    ('{"stage": "03_train_source"}', REMOVE),
+    ('{"stage": "03_train_source", "constants": [1]}', REMOVE),
+    ('{"stage": "01_prompts", "constants": {}}',
+     "run/03_train_source belongs to 01_prompts: name another --OUT")])
+def test_a_record_that_is_something_else_is_named(say, tmp_path, content, answer):
     out = tmp_path / "run/03_train_source"
     out.mkdir(parents=True)
     (out / "run.json").write_text(content)
     (out / "log.jsonl").write_text("")          # something is made
     message = say("03_train_source")
-    assert "03_train_source/run.json" in message and "remove the file" in message
-    assert brief(message)
+    assert re.search(answer, message, re.DOTALL) and brief(message)
 
 
 def test_two_jobs_do_not_share_a_folder(say, tmp_path):
@@ -303,7 +301,7 @@ def test_two_jobs_do_not_share_a_folder(say, tmp_path):
 def test_a_file_where_a_folder_should_be(say, tmp_path):
     (tmp_path / "run").write_text("")
     message = say("03_train_source")
-    assert str(tmp_path / "run") in message and brief(message)
+    assert f"{tmp_path}/run" in message and brief(message)
 
 
 def test_a_folder_that_may_not_be_written(say, monkeypatch, tmp_path):
@@ -331,8 +329,7 @@ def test_a_full_disk_is_named_and_leaves_whole_files_only(launched, tmp_path, wr
             with common.explain(f"{path} cannot be written", common.AGAIN):
                 write(part)
     message = launched(fresh("04_selftrain"), main=main)
-    assert message.startswith(f"04_selftrain.py: {path} cannot be written")
-    assert "is the disk full?" in message
+    assert message.startswith(f"04_selftrain.py: {path} cannot be written") and "full?" in message
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.file"]
 
 
@@ -362,8 +359,7 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
     assert chosen == [torch.device("cuda", 1)]
 
 
-def test_a_folder_in_which_nothing_was_made_does_not_lock_its_constants(start, say, tmp_path,
-                                                                        monkeypatch):
+def test_a_folder_with_nothing_made_does_not_lock_constants(start, say, tmp_path, monkeypatch):
     out = tmp_path / "run/03_train_source"
     small = *SMALL["03_train_source"], "--ITERATIONS=1"
     begin = common.Run.start
@@ -380,8 +376,7 @@ def test_a_folder_in_which_nothing_was_made_does_not_lock_its_constants(start, s
     assert "was made with LR=0.0015 (now 1.0)" in message and "--OUT=" in message
 
 
-def test_a_stage_that_another_job_finished_meanwhile_does_not_begin_again(say, tmp_path,
-                                                                          monkeypatch):
+def test_a_stage_that_another_job_finished_meanwhile_does_not_begin(say, tmp_path, monkeypatch):
     begin, result = common.Run.start, tmp_path / "run/03_train_source/model.safetensors"
 
     def late(run, *lock, **facts):

@@ -245,6 +245,11 @@ def test_a_model_without_a_template_gets_the_request_as_it_is(tmp_path):
     assert ask(llm_folder(tmp_path / "plain"), "a photo of", 3) == ask(same, "a photo of", 3)
 
 
+def test_the_miniature_answers_the_same_for_the_same_seed():
+    llm, request = stage.load_llm(stage.LLM), stage.synonym_request("person")
+    assert llm(request, 5) == llm(request, 5) and not llm(request, 5)["cut"]
+
+
 # ---------------------------------------------------------------------------- broken models
 @pytest.mark.parametrize("template, words", [
     ("{% if x %}", "TemplateSyntaxError"), ("{{ raise_exception('no') }}", "TemplateError: no"),
@@ -257,9 +262,9 @@ def test_a_broken_chat_template_is_named(say, tmp_path, template, words):
 
 def test_weights_that_are_no_numbers_are_named(say, tmp_path):
     folder = llm_folder(tmp_path / "llm")
-    weights = load_file(folder / "model.safetensors")
-    broken = {name: weight * torch.nan for name, weight in weights.items()}
-    save_file(broken, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "model.safetensors"
+    broken = {name: weight * torch.nan for name, weight in load_file(path).items()}
+    save_file(broken, path, {"format": "pt"})
     message = say("01_prompts", f"--LLM={folder}")
     assert "llm cannot answer (RuntimeError: probability tensor contains" in message
     assert [path.name for path in (tmp_path / "run/01_prompts").glob("[!.]*")] == ["run.json"]
