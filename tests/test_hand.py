@@ -90,14 +90,10 @@ def test_what_04_takes_from_03_is_no_constant_of_04(edited, launched, say, name)
     assert f"{name} is as in the run of INIT" in message
 
 
-def test_04_says_where_the_file_of_03_reads_otherwise_by_now(again, capsys):
-    again("04_selftrain")
-    assert "POINTS=128 as in the run of INIT; the file of 03 has 512" in capsys.readouterr().out
-
-
-def test_04_varies_by_itself_what_it_does_not_inherit(again, tmp_path):
+def test_04_says_what_it_takes_from_the_run_of_03_and_varies_the_rest(again, tmp_path, capsys):
     more = "--UNLABELLED=negative", f"--OUT={tmp_path}/negative"
     assert again("04_selftrain", *more) is None
+    assert "POINTS=128 as in the run of INIT; the file of 03 has 512" in capsys.readouterr().out
     record = json.loads((tmp_path / "negative/run.json").read_text())
     assert record["constants"]["UNLABELLED"] == "negative"
 
