@@ -161,3 +161,23 @@ def folder(tmp_path):
                 picture.save(tmp_path / name / kind / f"{stem}.png")
         return f"folder:{tmp_path / name}"
     return make
+
+
+def module_of(path):
+    """A file as a new module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """launched(module, *arguments, main=...) -> the message with which it, or this main(), ends."""
+    def call(module, *arguments, **changed):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *arguments])
+        vars(module).update(changed)
+        with pytest.raises(SystemExit) as stopped:
+            common.launch(vars(module))
+        return stopped.value.code
+    return call

@@ -1,17 +1,15 @@
 """The hand that edits: a constant or a line of a script is changed, and it is run again. An edit is
 obeyed, or refused in one line; it is recorded; a mistake keeps its traceback."""
-import importlib.util
 import json
 import shutil
 import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import common
-from conftest import ROOT, SMALL, here
+from conftest import ROOT, SMALL, fresh, here, module_of
 
 SMALL = {**SMALL, "03_train_source": ["--BATCH=2", "--POINTS=128", "--ITERATIONS=1"],
          "04_selftrain": ["--ITERATIONS=1", "--N_SOURCE=1", "--PREVIEW_EVERY=1"]}
@@ -19,140 +17,118 @@ SMALL = {**SMALL, "03_train_source": ["--BATCH=2", "--POINTS=128", "--ITERATIONS
 
 @pytest.fixture
 def edited(tmp_path):
-    """edited(stage, old, new) -> the stage as a module of a file in which old is replaced."""
-    def load(name, old, new):
+    """edited(stage, line) -> the stage as a module of a file with one line more."""
+    def load(name, line, before="SEED = 0"):
         text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-        assert text.count(old) == 1
+        assert text.count(f"\n{before}\n") == 1
         path = tmp_path / f"{name}.py"
-        path.write_text(text.replace(old, new), encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        path.write_text(text.replace(f"\n{before}\n", f"\n{line}\n{before}\n"), encoding="utf-8")
+        return module_of(path)
     return load
-
-
-def message_of(module, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", [module.__file__, *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        common.launch(vars(module))
-    return stopped.value.code
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data):
     """A run of 03 and of 04 on two painted pictures -> its folder."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    assert here("03_train_source", *SMALL["03_train_source"], run=run, data=data) is None
     painted = shutil.copytree(data / "toy/day/images", run / "painted")
+    assert here("03_train_source", *SMALL["03_train_source"], run=run, data=data) is None
     arguments = [*SMALL["04_selftrain"], f"--GENERATED=folder:{painted}"]
     assert here("04_selftrain", *arguments, run=run, data=data) is None
     return run
 
 
-def again(trained, tmp_path, data, stage, *more, prepare=None):
-    """Start a stage again in a copy of the trained run -> the message with which it stops."""
-    run = shutil.copytree(trained, tmp_path / "copy")
-    if prepare:
+@pytest.fixture
+def again(trained, tmp_path, data):
+    """again(stage) starts it again in a copy of the trained run -> the message where it stops."""
+    def call(stage, *more, data=data, prepare=lambda run: None):
+        run = shutil.copytree(trained, tmp_path / "copy")
         prepare(run)
-    if stage == "04_selftrain":
-        more = f"--GENERATED=folder:{run}/painted", *more
-    return here(stage, *SMALL[stage], *more, run=run, data=data)
+        if stage == "04_selftrain":
+            more = f"--GENERATED=folder:{run}/painted", *more
+        return here(stage, *SMALL[stage], *more, run=run, data=data)
+    return call
 
 
 # ---------------------------------------------------------------------------- constants
-@pytest.mark.parametrize("line", [
-    "LR = None", "CROP = [128, 256]", "SOURCE = ['gta']", "LR = torch.tensor(1.)",
-    "A = 1; B = [2]"])
-def test_a_constant_of_another_kind_is_refused_in_one_line(edited, monkeypatch, line):
-    module = edited("03_train_source", "\nSEED = 0\n", f"\n{line}\nSEED = 0\n")
-    message = message_of(module, monkeypatch)
-    assert "a constant is a bool, int, float, str or tuple" in message
-    assert message.count("\n") == 0
+KIND = "a constant is a bool, int, float, str or tuple"
 
 
 @pytest.mark.parametrize("line, answer", [
+    ("LR = None", KIND), ("CROP = [128, 256]", KIND), ("SOURCE = ['gta']", KIND),
+    ("LR = torch.tensor(1.)", KIND), ("A = 1; B = [2]", KIND),
     ('LR = "fast"', "LR='fast': expected a number"),
     ("CROP = 128", "CROP=128: expected a tuple of 2 whole numbers"),
     ('SOURCE = "gta"', "SOURCE='gta': expected a tuple of data sets"),
     ("POINTS = 512.", "POINTS=512.0: expected a whole number"),
     ("BATCH = True", "BATCH=True: expected a whole number"),
     ("LOSS_WEIGHTS = (0., 0., 0.)", "one of them must be more than 0")])
-def test_a_constant_of_another_type_is_refused_in_one_line(edited, monkeypatch, line, answer):
-    module = edited("03_train_source", "\nSEED = 0\n", f"\n{line}\nSEED = 0\n")
-    message = message_of(module, monkeypatch)
+def test_a_constant_of_another_kind_or_type_is_refused_in_one_line(edited, launched, line, answer):
+    message = launched(edited("03_train_source", line))
     assert answer in message and message.count("\n") == 0
 
 
 @pytest.mark.parametrize("name", ["FREE", "TOY", "FOLDER", "AGAIN", "RANK", "PROCESSES", "HERE"])
-def test_a_constant_may_have_any_name(edited, monkeypatch, name):
-    module = edited("03_train_source", "\nSEED = 0\n", f"\n{name} = 0\nSEED = 0\n")
+def test_a_constant_may_have_any_name(edited, launched, name):
+    module = edited("03_train_source", f"{name} = 0")
     assert common.constants(vars(module))[name] == 0
-    monkeypatch.setattr(module, "main", lambda: sys.exit(f"{name} is {vars(module)[name]}"))
-    assert message_of(module, monkeypatch, f"--{name}=3") == f"{name} is 3"
+    message = launched(module, f"--{name}=3", main=lambda: sys.exit(f"now {vars(module)[name]}"))
+    assert message == "now 3"
 
 
 def test_names_that_are_imported_or_local_are_no_constants(edited):
-    module = edited("04_selftrain", "\nSEED = 0\n", "\nA, B = 1, 2\nSEED = 0\n")
+    module = edited("04_selftrain", "A, B = 1, 2")
     found = common.constants(vars(module))
     assert (found["A"], found["B"]) == (1, 2)
     assert not {"CLASSES", "IGNORE", "DATA", "RUN", "MINIATURES", "E", "D"} & set(found)
 
 
 @pytest.mark.parametrize("name", ["POINTS", "CROP", "LOSS_WEIGHTS", "GRAD_CLIP", "SCHEDULE"])
-def test_what_04_takes_from_03_is_no_constant_of_04(edited, monkeypatch, say, name):
+def test_what_04_takes_from_03_is_no_constant_of_04(edited, launched, say, name):
     assert f"--{name}=1: expected --" in say("04_selftrain", f"--{name}=1")
-    module = edited("04_selftrain", "\nSEED = 0\n", f"\n{name} = 64\nSEED = 0\n")
-    assert f"{name} is that of the run of INIT" in message_of(module, monkeypatch)
+    message = launched(edited("04_selftrain", f"{name} = 64"))
+    assert f"{name} is that of the run of INIT" in message
 
 
-def test_04_says_where_the_file_of_03_reads_otherwise_by_now(trained, tmp_path, data, capsys):
-    again(trained, tmp_path, data, "04_selftrain")
-    assert "POINTS=128 as in the run of INIT; the file of 03 has 512" in capsys.readouterr().out
-
-
-def test_04_varies_by_itself_what_it_does_not_inherit(trained, tmp_path, data):
+def test_04_says_what_it_takes_from_the_run_of_03_and_varies_the_rest(again, tmp_path, capsys):
     more = "--UNLABELLED=negative", f"--OUT={tmp_path}/negative"
-    assert again(trained, tmp_path, data, "04_selftrain", *more) is None
+    assert again("04_selftrain", *more) is None
+    assert "POINTS=128 as in the run of INIT; the file of 03 has 512" in capsys.readouterr().out
     record = json.loads((tmp_path / "negative/run.json").read_text())
     assert record["constants"]["UNLABELLED"] == "negative"
 
 
 # ---------------------------------------------------------------------------- what a run is made of
-def test_a_constant_that_is_new_or_gone_is_another_experiment(edited, monkeypatch, trained, data):
+def test_a_constant_that_is_new_is_another_experiment(edited, launched, monkeypatch, trained, data):
     monkeypatch.setattr(common, "RUN", str(trained))
     monkeypatch.setattr(common, "DATA", str(data))
-    module = edited("03_train_source", "\nSEED = 0\n", "\nMY_TRICK = True\nSEED = 0\n")
-    message = message_of(module, monkeypatch, *SMALL["03_train_source"])
+    message = launched(edited("03_train_source", "MY_TRICK = True"), *SMALL["03_train_source"])
     assert "was made with MY_TRICK=nothing (now True)" in message
 
 
-def test_an_id_in_the_table_is_another_labelling(trained, tmp_path, data, monkeypatch):
-    monkeypatch.setitem(common.TABLE, "road", [(128, 64, 128), (7, 9), (3,), (13, 24, 41)])
-    message = again(trained, tmp_path, data, "03_train_source")
-    assert "was made with other classes and ids" in message
+@pytest.mark.parametrize("row, answer", [
+    ([(128, 64, 128), (7, 9), (3,), (13, 24, 41)], "was made with other classes and ids"),
+    ([(1, 2, 3), *common.TABLE["road"][1:]], "None")])
+def test_an_id_in_the_table_is_another_labelling_a_colour_is_not(again, monkeypatch, row, answer):
+    monkeypatch.setitem(common.TABLE, "road", row)
+    assert answer in str(again("03_train_source"))
 
 
-def test_a_colour_in_the_table_is_not(trained, tmp_path, data, monkeypatch):
-    monkeypatch.setitem(common.TABLE, "road", [(1, 2, 3), *common.TABLE["road"][1:]])
-    assert again(trained, tmp_path, data, "03_train_source") is None
-
-
-def test_a_source_image_that_is_added_is_named(trained, tmp_path, data):
+def test_a_source_image_that_is_added_is_named(again, tmp_path, data):
     more = shutil.copytree(data / "toy/game_train", tmp_path / "toy/game_train")
     for kind in ("images", "labels"):
         first = sorted((more / kind).iterdir())[0]
         shutil.copy(first, more / kind / "added.png")
-    message = again(trained, tmp_path, tmp_path, "03_train_source")
+    message = again("03_train_source", data=tmp_path)
     assert "was made with source pairs=12 files" in message and "(now 14 files" in message
 
 
-def test_an_init_that_was_trained_again_is_named(trained, tmp_path, data, capsys):
+def test_an_init_that_was_trained_again_is_named(again, tmp_path, data, capsys):
     def train_again(run):
         shutil.rmtree(run / "03_train_source")
         arguments = *SMALL["03_train_source"], "--SEED=1"
         assert here("03_train_source", *arguments, run=run, data=data) is None
-    message = again(trained, tmp_path, data, "04_selftrain", prepare=train_again)
+    message = again("04_selftrain", prepare=train_again)
     assert "was made with weights of INIT=" in message
     assert here("05_eval", "--PANELS=0", run=tmp_path / "copy", data=data) is None
     output = capsys.readouterr().out
@@ -160,11 +136,11 @@ def test_an_init_that_was_trained_again_is_named(trained, tmp_path, data, capsys
     assert "03_train_source/model.safetensors began" not in output
 
 
-def test_pictures_that_were_replaced_are_named(trained, tmp_path, data):
+def test_pictures_that_were_replaced_are_named(again):
     def replace(run):
         first = sorted((run / "painted").iterdir())[0]
         Image.fromarray(np.zeros((128, 256, 3), np.uint8)).save(first)
-    message = again(trained, tmp_path, data, "04_selftrain", prepare=replace)
+    message = again("04_selftrain", prepare=replace)
     assert "was made with painted pictures=2 files" in message
 
 
@@ -175,9 +151,8 @@ def test_a_run_that_was_moved_is_the_same_run(trained, tmp_path, data, capsys):
     assert "finished before" in capsys.readouterr().out
 
 
-def test_the_folder_of_a_run_stands_for_its_network(trained, tmp_path, data):
-    more = f"--INIT={trained}/03_train_source",
-    assert again(trained, tmp_path, data, "04_selftrain", *more) is None
+def test_the_folder_of_a_run_stands_for_its_network(again, trained):
+    assert again("04_selftrain", f"--INIT={trained}/03_train_source") is None
 
 
 # ---------------------------------------------------------------------------- mistakes in the code
@@ -194,12 +169,11 @@ def test_a_mistake_while_writing_keeps_its_traceback(tmp_path, kind):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", [NameError, AttributeError, TypeError])
-def test_a_mistake_beside_a_library_keeps_its_traceback(edited, monkeypatch, kind):
-    words = {NameError: "undefined_name", AttributeError: "torch.no_such_thing",
-             TypeError: "len(3)"}
-    old = "            self.body, mean, std = load_library(name)\n"
-    module = edited("03_train_source", old, f"            {words[kind]}\n{old}")
+@pytest.mark.parametrize("kind, line", [
+    (NameError, "undefined_name"), (AttributeError, "torch.no_such_thing"), (TypeError, "len(3)")])
+def test_a_mistake_beside_a_library_keeps_its_traceback(edited, monkeypatch, kind, line):
+    library = "            self.body, mean, std = load_library(name)"
+    module = edited("03_train_source", f"            {line}", before=library)
     monkeypatch.setattr(common, "HERE", common.Path(module.__file__).parent)
     with pytest.raises(kind):
         module.Encoder(f"open_clip:local-dir:{common.MINIATURES}/clip")
@@ -211,18 +185,9 @@ def test_the_same_error_inside_a_library_is_explained():
             json.loads(3)                               # raises in json's own file
 
 
-def test_debug_shows_the_traceback_behind_a_line(edited, monkeypatch, capsys):
-    module = edited("03_train_source", "\nSEED = 0\n", "\nSEED = -1\n")
+def test_debug_shows_the_traceback_behind_a_line(launched, monkeypatch, capsys):
     monkeypatch.setenv("DEBUG", "1")
-    assert "SEED=-1: expected a whole number" in message_of(module, monkeypatch)
+    message = launched(fresh("03_train_source"), "--SEED=-1")
+    assert "SEED=-1: expected a whole number" in message
     error = capsys.readouterr().err
     assert "Traceback" in error and "SEED=SEED" in error
-
-
-def test_memory_that_is_full_is_not_blamed_on_a_model():
-    for error in (MemoryError(), torch.OutOfMemoryError(),
-                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
-        with pytest.raises(type(error)):
-            with common.explain("the model could not be loaded", "connect to the hub"):
-                raise error
-        assert "memory is full" in common.one_line(error)

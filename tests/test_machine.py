@@ -36,10 +36,6 @@ def run_path(lines, *arguments):
             f"runpy.run_path({str(ROOT / STAGE)!r} + '.py', run_name='__main__')")
 
 
-def one_line(done):
-    return done.returncode == 1 and "Traceback" not in done.stderr
-
-
 @pytest.fixture(scope="module")
 def wanted(tmp_path_factory, data):
     """The weights of the run that the others are compared with: in this process, WORKERS=0."""
@@ -48,35 +44,32 @@ def wanted(tmp_path_factory, data):
     return load_file(run / STAGE / "model.safetensors")
 
 
-def same(run, wanted):
+def assert_same(done, run, wanted):
+    assert done.returncode == 0, done.stderr
     found = load_file(run / STAGE / "model.safetensors")
-    return found.keys() == wanted.keys() and all(found[k].equal(wanted[k]) for k in wanted)
+    assert found.keys() == wanted.keys() and all(found[k].equal(wanted[k]) for k in wanted)
 
 
 # ---------------------------------------------------------------------------- what may be missing
+METHODS = multiprocessing.get_all_start_methods()
 WINDOWS = """
-import importlib.abc
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name in ("fcntl", "resource", "pwd", "grp", "termios"):
-            raise ImportError(name)
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
-    sys.modules.pop(name, None)
-sys.meta_path.insert(0, Absent())
+    sys.modules[name] = None            # its import fails
 """
 
 
 @pytest.mark.slow
-def test_the_chain_runs_where_windows_lacks_modules(tmp_path, data, wanted):
-    done = started(tmp_path, data, code=run_path(WINDOWS))
-    assert done.returncode == 0, done.stderr
-    assert same(tmp_path, wanted)
+@pytest.mark.parametrize("lines, workers", [
+    (WINDOWS, 0), *[(f"import multiprocessing\nmultiprocessing.set_start_method({method!r})", 2)
+                    for method in METHODS]], ids=["without modules", *METHODS])
+def test_windows_and_all_start_methods_give_one_result(tmp_path, data, wanted, lines, workers):
+    done = started(tmp_path, data, code=run_path(lines, f"--WORKERS={workers}"))
+    assert_same(done, tmp_path, wanted)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not LINUX or os.getuid(), reason="needs root, to become somebody else")
-def test_a_stranger_without_git_home_or_a_name_trains_from_a_checkout_of_others(tmp_path, data,
-                                                                                wanted):
+def test_a_stranger_without_git_home_or_name_trains_from_others_checkout(tmp_path, data, wanted):
     tmp_path.chmod(0o777)
     for folder in [*tmp_path.parents, *data.parents]:       # pytest's folders are their owner's
         if "pytest" in folder.name:
@@ -84,8 +77,7 @@ def test_a_stranger_without_git_home_or_a_name_trains_from_a_checkout_of_others(
     become = shutil.which("setpriv"), "--reuid=12345", "--regid=12345", "--clear-groups"
     run = tmp_path / "run"
     done = started(run, data, before=become, cwd=tmp_path, HOME=None, PATH="/nowhere")
-    assert done.returncode == 0, done.stderr
-    assert same(run, wanted)
+    assert_same(done, run, wanted)
 
 
 def test_no_git_leaves_the_commit_empty(monkeypatch):
@@ -95,23 +87,12 @@ def test_no_git_leaves_the_commit_empty(monkeypatch):
 
 # ---------------------------------------------------------------------------- readers
 @pytest.mark.slow
-@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
-def test_workers_of_every_start_method_see_the_constants_of_the_shell(tmp_path, data, wanted,
-                                                                      method):
-    begin = f"import multiprocessing\nmultiprocessing.set_start_method({method!r})"
-    done = started(tmp_path, data, code=run_path(begin, "--WORKERS=2"))
-    assert done.returncode == 0, done.stderr
-    assert same(tmp_path, wanted)
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(not LINUX, reason="paths of sockets")
 def test_a_long_tmpdir_does_not_hang_the_readers(tmp_path, data, wanted):
     long = tmp_path / ("t" * 100)
     long.mkdir()
     done = started(tmp_path, data, "--WORKERS=2", TMPDIR=str(long))
-    assert done.returncode == 0, done.stderr
-    assert same(tmp_path, wanted)
+    assert_same(done, tmp_path, wanted)
 
 
 def test_a_reader_that_was_ended_is_one_line():
@@ -125,19 +106,19 @@ def test_a_reader_that_was_ended_is_one_line():
 @pytest.mark.skipif(not LINUX, reason="kills a process group")
 def test_the_same_command_works_at_once_after_a_kill(tmp_path, data):
     arguments = [sys.executable, ROOT / f"{STAGE}.py", *SOURCE, "--ITERATIONS=400", "--WORKERS=2"]
-    first = subprocess.Popen(arguments, cwd=ROOT, env=environment(tmp_path, data),
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path / STAGE / "log.jsonl"
-    while not log.exists():
-        time.sleep(.1)
-    first.send_signal(signal.SIGKILL)
+
+    def run_until_it_logs():
+        process = subprocess.Popen(arguments, cwd=ROOT, env=environment(tmp_path, data), text=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while not log.exists() and process.poll() is None:
+            time.sleep(.1)
+        return process
+    first = run_until_it_logs()
+    first.kill()
     first.wait()
-    shutil.rmtree(tmp_path / "other", ignore_errors=True)
-    second = subprocess.Popen(arguments, cwd=ROOT, env=environment(tmp_path, data),
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log.unlink()
-    while not log.exists() and second.poll() is None:
-        time.sleep(.1)
+    second = run_until_it_logs()
     second.terminate()
     assert "in use by another job" not in second.communicate()[1]
     assert log.exists()
@@ -235,16 +216,10 @@ def test_a_file_that_ends_in_part_stays(tmp_path, data):
     assert mine.read_text() == "half a download"
 
 
-# ---------------------------------------------------------------------------- python -O
-def test_no_check_is_an_assert_statement():
-    """python -O leaves them out."""
+# ---------------------------------------------------------------------------- source
+def test_no_check_is_an_assert_statement_and_no_import_is_missing_on_windows():
     for path in sorted(ROOT.glob("*.py")):
         for line in path.read_text(encoding="utf-8").splitlines():
-            assert not line.strip().startswith("assert "), f"{path.name}: {line}"
-
-
-def test_no_module_that_windows_lacks_is_imported():
-    for path in sorted(ROOT.glob("*.py")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+            assert not line.strip().startswith("assert "), f"{path.name}: {line}"   # python -O
             assert line.split() not in (["import", "fcntl"], ["import", "pwd"],
                                         ["import", "resource"]), path.name

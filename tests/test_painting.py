@@ -1,10 +1,7 @@
 """02: which sampler a model gets, that its pictures are those of the library, and that whatever
 stops or grows a run, every picture comes out as if one run had painted all."""
-import json
 import os
 import shutil
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +10,8 @@ from PIL import Image
 
 import common
 from conftest import fresh
-
-MINIATURE = Path(common.MINIATURES) / "diffusion"
-PROMPTS = ["a photo of a car in rain", "a photo of a bus in the snow", "a photo of a tram in €"]
+from references import (BETAS, DIFFUSION, PROMPTS, FakePipeline, Job, WithoutGuidance, scheduler,
+                        tiny_sd, tiny_sd3)
 
 
 def load(folder, **constants):
@@ -27,62 +23,6 @@ def load(folder, **constants):
 
 def noise(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-# ---------------------------------------------------------------------------- tiny models
-def scheduler(name, **more):
-    import diffusers
-    return getattr(diffusers, name)(**more)
-
-
-BETAS = {"beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear"}
-
-
-def parts(text_model):
-    """What the tiny models share: tokenizer, text encoder, VAE of two times two pixels per latent
-    one"""
-    import transformers
-    from diffusers import AutoencoderKL
-    down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
-    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=down, up_block_types=up,
-                        latent_channels=4, norm_num_groups=4, sample_size=32, shift_factor=.1)
-    config = transformers.CLIPTextConfig(
-        vocab_size=2048, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=77, projection_dim=16)
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(MINIATURE / "tokenizer")
-    return tokenizer, getattr(transformers, text_model)(config).eval(), vae.eval()
-
-
-def tiny_sd(folder, prediction):
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-    torch.manual_seed(0)
-    tokenizer, encoder, vae = parts("CLIPTextModel")
-    unet = UNet2DConditionModel(
-        sample_size=16, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=4,
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=16).eval()
-    own = scheduler("DDIMScheduler", prediction_type=prediction, steps_offset=1, clip_sample=False,
-                    **BETAS)
-    StableDiffusionPipeline(vae, encoder, tokenizer, unet, own, None, None,
-                            requires_safety_checker=False).save_pretrained(folder)
-    return folder
-
-
-def tiny_sd3(folder):
-    """A transformer that matches a flow, as Stable Diffusion 3"""
-    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import T5Config, T5EncoderModel
-    torch.manual_seed(0)
-    tokenizer, clip, vae = parts("CLIPTextModelWithProjection")
-    transformer = SD3Transformer2DModel(
-        sample_size=32, patch_size=1, in_channels=4, out_channels=4, num_layers=1,
-        attention_head_dim=8, num_attention_heads=2, joint_attention_dim=32,
-        caption_projection_dim=16, pooled_projection_dim=32).eval()
-    t5 = T5Config(vocab_size=2048, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
-    own = scheduler("FlowMatchEulerDiscreteScheduler")
-    StableDiffusion3Pipeline(transformer, own, vae, clip, tokenizer, clip, tokenizer,
-                             T5EncoderModel(t5).eval(), tokenizer).save_pretrained(folder)
-    return folder
 
 
 # ---------------------------------------------------------------------------- real pipelines
@@ -121,51 +61,8 @@ def test_a_flow_matching_model_follows_its_own_sampler(tmp_path):
     image = (image[0].permute(1, 2, 0) / 2 + .5).clamp(0, 1) * 255
     assert np.abs(ours - image.round().numpy()).max() <= 1
 
-    from diffusers import EulerDiscreteScheduler
-    pipe.scheduler = EulerDiscreteScheduler()                   # what the rule is for: no error ...
-    noisy = pipe(prompt=PROMPTS[:1], generator=noise(3), **options).images[0]
-    assert np.abs(ours - np.asarray(noisy, int)).mean() > 5     # ... but another picture
-
-
-def test_the_miniature_paints_the_same_picture_for_the_same_seed():
-    pipe, options = load(MINIATURE)
-    a, b = (pipe(prompt=PROMPTS[:2], generator=noise(3, 4), **options).images for _ in range(2))
-    assert all(np.array_equal(x, y) for x, y in zip(a, b)) and not np.array_equal(a[0], a[1])
-
 
 # ---------------------------------------------------------------------------- how one is loaded
-class Network(torch.nn.Conv2d):
-    dtype = property(lambda self: self.weight.dtype)
-
-
-class FakePipeline:
-    """Stands for a pipeline of diffusers: paints a colour that depends on seed and batch."""
-    def __init__(self, sampler=None, dtype=torch.float32):
-        self.scheduler = sampler or scheduler("EulerDiscreteScheduler")
-        self.unet, self.batches = Network(2, 2, 3, dtype=dtype), []
-
-    def to(self, device):
-        self.device = torch.device(device)
-
-    def set_progress_bar_config(self, disable):
-        assert disable
-
-    def __call__(self, prompt, generator, num_inference_steps, height, width, guidance_scale=1):
-        self.batches.append(prompt)
-        shade = sum(len(p) for p in prompt)
-        images = []
-        for g in generator:
-            image = Image.new("RGB", (width, height), (shade % 256, g.initial_seed() % 256, 9))
-            image.putpixel((0, 0), (255, 255, 255))
-            images.append(image)
-        return type("Output", (), {"images": images})
-
-
-class WithoutGuidance(FakePipeline):
-    def __call__(self, prompt, generator, num_inference_steps, height, width):
-        return super().__call__(prompt, generator, num_inference_steps, height, width)
-
-
 @pytest.fixture
 def fake(monkeypatch):
     """fake(pipeline) makes diffusers load that pipeline -> the list of arguments of each load"""
@@ -189,8 +86,7 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 @pytest.mark.parametrize("name, more", [
     ("FlowMatchEulerDiscreteScheduler", {}),            # SD3, FLUX, Qwen-Image, Z-Image
     ("FlowMatchHeunDiscreteScheduler", {}), ("FlowMatchLCMScheduler", {}),
-    ("DPMSolverMultistepScheduler", FLOW),              # Sana
-    ("UniPCMultistepScheduler", FLOW),
+    ("DPMSolverMultistepScheduler", FLOW), ("UniPCMultistepScheduler", FLOW),       # Sana
     ("EDMEulerScheduler", {})])                         # Playground 2.5: another noise scale
 def test_a_sampler_that_euler_can_not_replace_stays(fake, name, more):
     own = scheduler(name, **more)
@@ -208,13 +104,13 @@ def test_other_samplers_become_euler_with_their_settings(fake, name):
 
 
 def test_guidance_is_obeyed_or_refused(fake):
+    fake(FakePipeline())
+    for value in (0, 4.):
+        assert load("owner/name", GUIDANCE=value)[1]["guidance_scale"] == value
     fake(WithoutGuidance())
     assert set(load("owner/name", GUIDANCE=0)[1]) == {"num_inference_steps", "height", "width"}
     with pytest.raises(common.Stop, match="owner/name has no guidance: set GUIDANCE=0"):
         load("owner/name", GUIDANCE=3)
-    fake(FakePipeline())
-    for value in (0, 4.):
-        assert load("owner/name", GUIDANCE=value)[1]["guidance_scale"] == value
 
 
 @pytest.mark.parametrize("dtype, missing, tried", [
@@ -241,7 +137,7 @@ def test_a_library_that_ignores_the_dtype_is_noticed(fake, monkeypatch):
 def test_a_model_that_is_not_there_or_lacks_a_part_is_named(say, job, tmp_path, capfd, gone):
     folder = tmp_path / "model"
     if gone:
-        shutil.copytree(MINIATURE, folder)
+        shutil.copytree(DIFFUSION, folder)
         (folder / gone).rename(tmp_path / "gone")
     message = say("02_generate", f"--DIFFUSION={folder}", f"--PROMPTS={job.prompts}", "--STEPS=1")
     assert message.startswith(f"02_generate.py: DIFFUSION={folder} c")      # could not, cannot
@@ -249,38 +145,6 @@ def test_a_model_that_is_not_there_or_lacks_a_part_is_named(say, job, tmp_path, 
 
 
 # ---------------------------------------------------------------------------- runs
-class Job:
-    """Runs of 02 in one folder with a fake pipeline, groups of two, five images if not told so"""
-    def __init__(self, folder):
-        self.out, self.prompts, self.pipeline = folder / "out", folder / "prompts.txt", None
-        folder.mkdir(exist_ok=True)
-        self.prompts.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
-
-    def run(self, preview=False, **constants):
-        """-> the batches that were painted"""
-        stage = fresh("02_generate")
-        if not preview:
-            stage.contact_sheet = lambda *_: None
-        self.pipeline = constants.pop("pipeline", FakePipeline())
-        vars(stage).update({"OUT": str(self.out), "PROMPTS": str(self.prompts), "GROUP": 2,
-                            "N_IMAGES": 5, "SIZE": (16, 16)} | constants)
-        stage.check()
-        stage.load_pipeline = lambda name: (self.pipeline, {
-            "num_inference_steps": 1, "height": 16, "width": 16})
-        try:
-            stage.main()
-        finally:
-            while common.locks:         # as launch() does
-                common.locks.pop().release()
-        return self.pipeline.batches
-
-    def index(self):
-        return [json.loads(line) for line in (self.out / "index.jsonl").read_text().splitlines()]
-
-    def pictures(self):
-        return {path.name: path.read_bytes() for path in sorted(self.out.glob("0*.png"))}
-
-
 @pytest.fixture
 def job(tmp_path):
     return Job(tmp_path / "job")
@@ -305,24 +169,23 @@ def test_image_i_has_prompt_i_mod_p_and_seed_plus_i(job):
     assert job.run(SEED=10) == []                       # it is finished
 
 
-def test_a_missing_picture_is_painted_in_its_group_although_the_index_stands(whole):
+@pytest.mark.parametrize("damage", [
+    lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-30])],
+    ids=["missing", "cut off"])
+def test_a_picture_that_is_lost_is_painted_in_its_group_though_the_index_stands(whole, damage):
     before = whole.pictures()
-    (whole.out / "00003_p0000.png").unlink()
-    assert whole.run(N_IMAGES=7) == [[PROMPTS[2], PROMPTS[0]]]
-    assert whole.pictures() == before
+    damage(whole.out / "00003_p0000.png")
+    assert whole.run(N_IMAGES=7) == [[PROMPTS[2], PROMPTS[0]]] and whole.pictures() == before
 
 
-def test_more_images_are_added_in_the_same_folder(job, whole):
+def test_more_or_fewer_images_may_be_asked_for_in_the_same_folder(job, whole):
     job.run(N_IMAGES=3)
     assert len(job.index()) == len(job.pictures()) == 3
     assert len(job.run(N_IMAGES=7)) == 3                # the batch that was cut, and two new ones
     assert job.pictures() == whole.pictures() and job.index() == whole.index()
-
-
-def test_fewer_images_are_for_04_to_take(whole):
-    before = whole.index()
-    (whole.out / "00006_p0000.png").unlink()            # not one of the two
-    assert whole.run(N_IMAGES=2) == [] and whole.index() == before
+    (job.out / "00006_p0000.png").unlink()
+    assert job.run(N_IMAGES=2) == []                    # it is none of the two, which are for 04
+    assert job.index() == whole.index()
 
 
 def test_shards_paint_what_one_run_paints(job, whole, capsys):
@@ -343,18 +206,6 @@ def test_a_process_of_torchrun_paints_its_share(job, whole, monkeypatch):
     assert job.pictures() == whole.pictures() and job.index() == whole.index()
     assert job.run(N_IMAGES=9, SHARD="2/3") == []           # new are batches 3 and 4
     assert (job.out / "index.jsonl").exists()
-
-
-def test_a_run_that_a_kill_stopped_goes_on(job, whole):
-    class Killed(FakePipeline):
-        def __call__(self, *arguments, **more):
-            if len(self.batches) == 2:
-                raise KeyboardInterrupt
-            return super().__call__(*arguments, **more)
-    with pytest.raises(KeyboardInterrupt):
-        job.run(N_IMAGES=7, pipeline=Killed())
-    assert len(job.pictures()) == 4 and len(job.run(N_IMAGES=7)) == 2
-    assert job.pictures() == whole.pictures()
 
 
 @pytest.mark.parametrize("prompts", [
@@ -413,27 +264,26 @@ def test_a_strangers_file_is_neither_taken_for_a_picture_nor_replaced(job, write
     assert job.run() == [[PROMPTS[2], PROMPTS[0]]] and job.pictures() == before
 
 
-def test_a_picture_that_is_cut_off_is_painted_again(whole):
-    before = whole.pictures()
-    path = whole.out / "00003_p0000.png"
-    path.write_bytes(path.read_bytes()[:-30])
-    assert whole.run(N_IMAGES=7) == [[PROMPTS[2], PROMPTS[0]]] and whole.pictures() == before
+def kill(out):
+    raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("gone, message", [
-    (lambda out: shutil.rmtree(out), "out was removed meanwhile"),
-    (lambda out: (out / "00000_p0000.png").unlink(), "what was painted was removed meanwhile")],
-    ids=["folder", "picture"])
-def test_what_is_removed_while_it_paints_ends_the_run(job, whole, gone, message):
-    class Removed(FakePipeline):
+@pytest.mark.parametrize("event, error, message, batches", [
+    (kill, KeyboardInterrupt, None, 2),
+    (shutil.rmtree, common.Stop, "out was removed meanwhile: run the same command again", 4),
+    (lambda out: (out / "00000_p0000.png").unlink(), common.Stop,
+     "what was painted was removed meanwhile: run the same command again", 1)],
+    ids=["killed", "folder removed", "picture removed"])
+def test_a_run_that_was_stopped_or_lost_files_goes_on(job, whole, event, error, message, batches):
+    class Disturbed(FakePipeline):
         def __call__(self, **more):
             if len(self.batches) == 2:
-                gone(job.out)
+                event(job.out)
             return super().__call__(**more)
-    with pytest.raises(common.Stop, match=f"{message}.*run the same command again"):
-        job.run(N_IMAGES=7, pipeline=Removed())
+    with pytest.raises(error, match=message):
+        job.run(N_IMAGES=7, pipeline=Disturbed())
     assert not (job.out / "index.jsonl").exists()
-    job.run(N_IMAGES=7)
+    assert len(job.run(N_IMAGES=7)) == batches
     assert job.pictures() == whole.pictures() and job.index() == whole.index()
 
 
@@ -443,23 +293,20 @@ def test_a_file_of_prompts_from_any_editor_is_read(job):
     assert job.run(N_IMAGES=3) == [["a photo of a car in town", "b"], ["b"]]
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"", "is empty"), (b"\n  \n", "is empty"), ("a café".encode("latin-1"), "cannot be read"),
-    (b"a photo\n" + b"a" * 2_000_000, "has a line of 2,000,000 characters")],
-    ids=["empty", "blank", "latin-1", "2 MB"])
-def test_a_file_without_prompts_is_refused(job, content, words):
-    job.prompts.write_bytes(content)
-    with pytest.raises(common.Stop, match=f"prompts.txt {words}.*\n.*one prompt per line"):
+@pytest.mark.parametrize("write, words", [
+    (lambda path: path.write_bytes(b""), "prompts.txt is empty"),
+    (lambda path: path.write_bytes(b"\n  \n"), "prompts.txt is empty"),
+    (lambda path: path.write_bytes("a café".encode("latin-1")), "prompts.txt cannot be read"),
+    (lambda path: path.write_bytes(b"a" * 2_000_000), "has a line of 2,000,000 characters"),
+    pytest.param(lambda path: os.mkfifo(path), "no file .*prompts.txt", marks=pytest.mark.skipif(
+        not hasattr(os, "mkfifo"), reason="needs named pipes"))],
+    ids=["empty", "blank", "latin-1", "2 MB", "a pipe"])
+def test_a_file_without_prompts_is_refused(job, write, words):
+    job.prompts.unlink()
+    write(job.prompts)
+    with pytest.raises(common.Stop, match=f"{words}.*\n.*one prompt per line"):
         job.run()
     assert not job.out.exists()
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_a_pipe_in_place_of_prompts_does_not_hang(job):
-    job.prompts.unlink()
-    os.mkfifo(job.prompts)
-    with pytest.raises(common.Stop, match="no file .*prompts.txt"):
-        job.run()
 
 
 def test_the_preview_takes_any_prompt(job):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import common
 from conftest import fresh
+from references import FakeLLM, run_main
 
 stage = fresh("01_prompts")
 TABLE = stage.word_table(stage.WORDS)
@@ -41,8 +42,7 @@ CAR, BUS = "a photo of a car in rain", "a photo of a bus in town 3"
 
 @pytest.mark.parametrize("line", [
     "{}", "12. A photo of a car in rain.", '- "{}"', "  * **{}**", "\t3) An photo of a car in rain",
-    "“a photo of a **car** in rain”,", "**Prompt 1:** {}",
-    "| 1 | {} | car |", "{} (classes: car)",
+    "“a photo of a **car** in rain”,", "**Prompt 1:** {}", "| 1 | {} | car |", "{} (classes: car)",
     "{} [car, sky]", "{} - classes: car", "{}. It names a car.", "<li>{}</li>", "{}<br>", "`{}`",
     '{{"prompt": "{}", "classes": ["car"]}}'])
 def test_a_prompt_is_found_in_its_line(line):
@@ -115,18 +115,14 @@ def test_a_weak_llms_synonyms_are_plain_words_and_rename_no_class():
 
 
 # ---------------------------------------------------------------------------- what is kept
-def test_places_are_reserved_for_classes_that_nobody_named():
-    cars = "\n".join(f"a photo of a car in town {i}" for i in range(40))
-    kept, missing, dropped = collect(cars, len(common.CLASSES), common.CLASSES)
+def test_places_are_reserved_for_classes_that_nobody_named_for_a_while():
+    n, cars = len(common.CLASSES), "\n".join(f"a photo of a car in town {i}" for i in range(40))
+    kept, missing, dropped = collect(cars, n, common.CLASSES)
     assert len(kept) == 1 and dropped == {"enough of these": 39}
     names = "\n".join(f"a photo of a {name} in a town" for name in common.CLASSES)
-    kept, missing, _ = collect(names, len(common.CLASSES), missing, kept)
-    assert not missing and len(kept) == len(common.CLASSES)
-
-
-def test_a_class_that_the_llm_never_names_keeps_its_place_for_a_while_only():
-    cars = "\n".join(f"a photo of a car in town {i}" for i in range(5))
-    kept, missing, _ = collect(cars, 3, common.CLASSES, fair=False)
+    kept, missing, _ = collect(names, n, missing, kept)
+    assert not missing and len(kept) == n
+    kept, missing, _ = collect(cars, 3, common.CLASSES, fair=False)     # the LLM never names a sky
     assert len(kept) == 3 and "sky" in missing and "car" not in missing
 
 
@@ -154,31 +150,11 @@ def test_synthias_request_leaves_out_the_classes_that_it_does_not_have(monkeypat
         assert len(classes) == n and ("truck" in classes) == (n == 19)
 
 
-class FakeLLM:
-    """Answers with one line per class, another place for every seed; stops after `most` answers."""
-    def __init__(self, most=999):
-        self.most, self.seeds, self.requests = most, [], []
-
-    def __call__(self, request, seed):
-        if len(self.seeds) == self.most:
-            raise KeyboardInterrupt
-        self.seeds.append(seed)
-        self.requests.append(request)
-        classes = ("car", "bus", "sky", "road") if seed % 3 else common.CLASSES
-        lines = [f"{k + 1}. a photo of a {c} in town {seed}" for k, c in enumerate(classes)]
-        return {"answer": "\n".join(lines) + "\n6. a photo of", "cut": True}
-
-
 def run(out, llm, **constants):
     """main() of a new 01 with this LLM"""
     module = fresh("01_prompts")
-    vars(module).update({"OUT": str(out), "N_PROMPTS": 40} | constants)
     module.load_llm = lambda name: llm
-    try:
-        module.main()
-    finally:
-        while common.locks:             # as launch() does
-            common.locks.pop().release()
+    run_main(module, **{"OUT": str(out), "N_PROMPTS": 40} | constants)
 
 
 def test_a_stopped_run_resumes_to_the_same_prompts(tmp_path):
@@ -230,9 +206,7 @@ def test_a_broken_record_of_answers_is_named_with_what_helps(tmp_path, content, 
     ("a photo of a car in town</think>\nb", False, "\nb"),
     ("<think>first</think>b<think>a photo of a car in town", True, ""),
     ("<think>a photo of a car in town\na photo of a bus in town", True, ""),
-    ("b\nc\nd", True, "b\nc"),
-    ("b\nc\n", True, "b\nc"),
-    ("b", True, "")])
+    ("b\nc\nd", True, "b\nc"), ("b\nc\n", True, "b\nc"), ("b", True, "")])
 def test_thoughts_and_cut_lines_are_no_answer(tmp_path, answer, cut, lines):
     path = tmp_path / "raw.jsonl"
     ask = stage.recorded(lambda *_: {"answer": answer, "cut": cut}, path)
@@ -272,8 +246,7 @@ def test_a_model_without_a_template_gets_the_request_as_it_is(tmp_path):
 
 
 def test_the_miniature_answers_the_same_for_the_same_seed():
-    llm = stage.load_llm(stage.LLM)
-    request = stage.synonym_request("person")
+    llm, request = stage.load_llm(stage.LLM), stage.synonym_request("person")
     assert llm(request, 5) == llm(request, 5) and not llm(request, 5)["cut"]
 
 
@@ -289,9 +262,9 @@ def test_a_broken_chat_template_is_named(say, tmp_path, template, words):
 
 def test_weights_that_are_no_numbers_are_named(say, tmp_path):
     folder = llm_folder(tmp_path / "llm")
-    weights = load_file(folder / "model.safetensors")
-    broken = {name: weight * torch.nan for name, weight in weights.items()}
-    save_file(broken, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "model.safetensors"
+    broken = {name: weight * torch.nan for name, weight in load_file(path).items()}
+    save_file(broken, path, {"format": "pt"})
     message = say("01_prompts", f"--LLM={folder}")
     assert "llm cannot answer (RuntimeError: probability tensor contains" in message
     assert [path.name for path in (tmp_path / "run/01_prompts").glob("[!.]*")] == ["run.json"]
