@@ -1,0 +1,307 @@
+"""What the tests compare with, and what stands in for models that are not here: the libraries'
+models and losses behind one call each, models of no size in official formats, and rules of the
+paper and of SSD written plainly. No test is in here."""
+import colorsys
+import copy
+import json
+from functools import partial
+from itertools import cycle
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import timm
+import torch
+from safetensors.torch import save_file
+from segment_anything import modeling
+from torch import nn
+from transformers import Mask2FormerConfig
+from transformers.models.mask2former import modeling_mask2former as library
+
+from common import IGNORE
+from tests.toy import sam as miniature
+
+
+# ------------------------------------------------------------ encoders in their libraries' formats
+def random_statistics(module):
+    """BatchNorms that differ from their first state, as in any trained network."""
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.uniform_(-.2, .2)
+            norm.running_var.uniform_(.5, 2.)
+    return module
+
+
+def write_clip(folder, vision):
+    text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 16, "vision_cfg": {"image_size": 64, **vision}, "text_cfg": text}
+    about = {"model_cfg": config, "preprocess_cfg": {"mean": [.1, .2, .4], "std": [.4, .5, .6]}}
+    (folder / "open_clip_config.json").write_text(json.dumps(about))
+    model = random_statistics(open_clip.CLIP(**config))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+
+
+def write_convnext(folder, name="convnext_atto"):
+    write_clip(folder, {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "",
+                        "timm_proj": "mlp", "timm_drop_path": .1})
+
+
+def write_resnet(folder):
+    write_clip(folder, {"layers": [1, 2, 1, 1], "width": 8, "patch_size": None})
+
+
+def write_timm(folder, architecture="resnet18", **model):
+    statistics = {"mean": [.1, .2, .4], "std": [.4, .5, .6], "num_classes": 5}
+    about = {"architecture": architecture, "num_classes": 5, "pretrained_cfg": statistics,
+             "model_args": model}
+    (folder / "config.json").write_text(json.dumps(about))
+    network = random_statistics(timm.create_model(architecture, num_classes=5, **model))
+    save_file(network.state_dict(), folder / "model.safetensors")
+
+
+def stages_of(stem, stages):
+    """A CNN as a function: picture -> what each of its stages, one after another, gives."""
+    def features(x):
+        x, maps = stem(x), []
+        for block in stages:
+            x = block(x)
+            maps.append(x)
+        return maps
+    return features
+
+
+# ------------------------------------------------------------ Mask2Former's decoder
+def mask2former(layers=4, dim=64, queries=7):
+    """transformers' module of queries with random weights, biases and norms too. In float64: its
+    masks become True or False between the layers, and what is near zero may fall either way."""
+    config = Mask2FormerConfig(hidden_dim=dim, mask_feature_size=dim, num_attention_heads=8,
+                               dim_feedforward=48, decoder_layers=layers + 1, dropout=0.,
+                               num_queries=queries)
+    module = library.Mask2FormerTransformerModule(dim, config).eval().requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.add_(.2 * torch.randn_like(parameter))
+    return module.double()
+
+
+def their_position(maps):
+    embed = library.Mask2FormerSinePositionEmbedding(maps.shape[1] // 2, normalize=True)
+    return embed(maps.shape, maps.device, maps.dtype).flatten(2)[:1].mT
+
+
+def copy_attention(ours, separate):
+    """torch's attention <- one of transformers', which has three matrices in the place of one."""
+    parts = (separate.q_proj, separate.k_proj, separate.v_proj)
+    ours.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
+    ours.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
+    ours.out_proj.load_state_dict(separate.out_proj.state_dict())
+
+
+def copy_layer(ours, theirs):
+    ours.cross_attention.load_state_dict(theirs.cross_attn.state_dict())
+    copy_attention(ours.self_attention, theirs.self_attn)
+    ours.feed[0].load_state_dict(theirs.fc1.state_dict())
+    ours.feed[2].load_state_dict(theirs.fc2.state_dict())
+    norms = (theirs.cross_attn_layer_norm, theirs.self_attn_layer_norm, theirs.final_layer_norm)
+    for mine, its in zip(ours.norms, norms):
+        mine.load_state_dict(its.state_dict())
+
+
+def copy_decoder(ours, theirs):
+    for mine, its in zip(ours.layers, theirs.decoder.layers):
+        copy_layer(mine, its)
+    ours.query.load_state_dict(theirs.queries_features.state_dict())
+    ours.query_position.load_state_dict(theirs.queries_embedder.state_dict())
+    ours.level.load_state_dict(theirs.level_embed.state_dict())
+    ours.norm.load_state_dict(theirs.decoder.layernorm.state_dict())
+    head = theirs.decoder.mask_predictor.mask_embedder.state_dict().values()
+    for mine, its in zip(ours.mask_head.parameters(), head, strict=True):
+        mine.copy_(its)
+
+
+def xavier(module):
+    """A new module by the rule of Mask2Former's transformer layers; of a projection, too."""
+    for weight in module.parameters():
+        if weight.dim() > 1:
+            nn.init.xavier_uniform_(weight)
+    return module
+
+
+def projection(channels):
+    """Mask2Former's input projections: Xavier-uniform with gain 1, no bias."""
+    layer = xavier(nn.Conv2d(channels, 256, 1))
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def filled(channels, size):
+    """detectron2's c2_xavier_fill: Kaiming-uniform with a=1, no bias."""
+    layer = nn.Conv2d(channels, 256, size)
+    nn.init.kaiming_uniform_(layer.weight, a=1)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+# ------------------------------------------------------------ Mask2Former's loss, at chosen pixels
+class Mask2FormerLoss(library.Mask2FormerLoss):
+    """The library's loss. It remembers which image each mask belongs to, for fake draws."""
+
+    def loss_masks(self, masks, labels, indices, num_masks):
+        queries = [torch.full_like(query, image) for image, (query, _) in enumerate(indices)]
+        self.image = torch.cat(queries)
+        return super().loss_masks(masks, labels, indices, num_masks)
+
+
+def centres(pixels, shape):
+    x, y = pixels % shape[1], pixels // shape[1]
+    return torch.stack(((x + .5) / shape[1], (y + .5) / shape[0]), -1)
+
+
+def mask2former_loss(monkeypatch, classes, masks, labels, pools, n, weights, no_object):
+    """-> the library's loss; its matches (layer, image, query, class), the last layer's first; its
+    three terms. pools: {points: pixels per image, one tensor each}, which stand in for the
+    library's random draws, of which the matcher makes `n` for one image after another."""
+    config = SimpleNamespace(
+        num_labels=classes.shape[-1] - 1, no_object_weight=no_object, train_num_points=n,
+        oversample_ratio=3., importance_sample_ratio=.75, class_weight=weights[0],
+        mask_weight=weights[1], dice_weight=weights[2])
+    loss, matches, images = Mask2FormerLoss(config, {}), [], cycle(range(len(labels)))
+    shape = labels.shape[1:]
+
+    def rand(boxes, count, _, device):
+        if count == n:
+            return centres(pools[n][next(images)], shape)[None]
+        return torch.stack([centres(pools[count][image], shape) for image in loss.image.tolist()])
+
+    targets = [label.unique() for label in labels]
+    targets = [ids[ids != IGNORE] for ids in targets]
+    truth = [(label == ids[:, None, None]).float() for label, ids in zip(labels, targets)]
+    forward = loss.matcher.forward
+
+    def remember(*arguments):
+        found = forward(*arguments)
+        layer = []
+        for image, (queries, ids) in enumerate(found):
+            for q, k in zip(queries.tolist(), ids.tolist()):
+                layer.append((len(matches), image, q, targets[image][k].item()))
+        matches.append(layer)
+        return found
+    monkeypatch.setattr(torch, "rand", rand)
+    monkeypatch.setattr(loss.matcher, "forward", remember)
+    *others, last = [{"masks_queries_logits": m, "class_queries_logits": c}
+                     for c, m in zip(classes, masks)]
+    terms = loss(**last, mask_labels=truth, class_labels=targets, auxiliary_predictions=others)
+    monkeypatch.undo()
+    names = ("loss_cross_entropy", "loss_mask", "loss_dice")
+    sums = [sum(v for k, v in terms.items() if k.startswith(name)) for name in names]
+    total = sum(weight * term for weight, term in zip(weights, sums))
+    return total, matches, [term.item() for term in sums]
+
+
+# ------------------------------------------------------------ SAM
+def tiny_sam():
+    """A small Sam in the library's own classes, random, but with masks that are neither empty nor
+    full."""
+    encoder = modeling.ImageEncoderViT(
+        img_size=256, patch_size=16, embed_dim=32, depth=2, num_heads=2, out_chans=32,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6), use_rel_pos=True, window_size=4,
+        global_attn_indexes=(1,))
+    prompts = modeling.PromptEncoder(32, (16, 16), (256, 256), 4)
+    transformer = modeling.TwoWayTransformer(2, 32, 2, 64)
+    decoder = modeling.MaskDecoder(transformer_dim=32, transformer=transformer,
+                                   iou_head_hidden_dim=32)
+    sam = modeling.Sam(encoder, prompts, decoder, miniature.MEAN, miniature.STD)
+    return sam.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def plain_sam(small, pixels, points, shape):
+    """The miniature's weights in segment_anything's own classes, which do work on the padding:
+    normalise, encode the picture's multiples of 16, cut every code to the embedding.
+
+    pixels uint8 (H, W, 3) and points (1, n, 2), both as SamPredictor scales them
+    -> low masks, their ratings, masks enlarged to `shape`"""
+    plain = copy.deepcopy(small)
+    plain.__class__, plain.mask_decoder.__class__ = modeling.Sam, modeling.MaskDecoder
+    height, width = pixels.shape[:2]
+    rows, columns = -(-height // 16) * 16, -(-width // 16) * 16
+    square = plain.preprocess(torch.from_numpy(pixels).permute(2, 0, 1)[None].float())
+    embedding = plain.image_encoder(square[..., :rows, :columns])
+    positive = torch.ones(points.shape[:2])
+    sparse, dense = plain.prompt_encoder((points, positive), None, None)
+    position = plain.prompt_encoder.get_dense_pe()[..., :rows // 8, :columns // 8]
+    dense = dense[..., :rows // 8, :columns // 8]
+    low, ratings = plain.mask_decoder(embedding, position, sparse, dense, True)
+    padded = torch.zeros(1, 3, 128, 128)
+    padded[..., :rows // 2, :columns // 2] = low
+    return low[0], ratings[0], plain.postprocess_masks(padded, (height, width), shape)[0]
+
+
+# ------------------------------------------------------------ colour jitter
+class Recorder(np.random.Generator):
+    """A generator that remembers the amounts which were drawn: [(range, amount)]."""
+
+    def __init__(self, seed):
+        super().__init__(np.random.PCG64(seed))
+        self.amounts = []
+
+    def uniform(self, *between):
+        self.amounts.append((between, super().uniform(*between)))
+        return self.amounts[-1][1]
+
+    def integers(self, *between):
+        self.amounts.append((between, super().integers(*between)))
+        return self.amounts[-1][1]
+
+
+def ssd_step(pixel, step, amount):
+    """One step of detectron2's ColorAugSSDTransform for one pixel, with an exact HSV."""
+    if step == "brightness":
+        return [c + amount for c in pixel]
+    if step == "contrast":
+        return [c * amount for c in pixel]
+    hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
+    if step == "saturation":
+        saturation = min(1, saturation * amount)
+    if step == "hue":
+        hue = (hue + amount / 180) % 1
+    return colorsys.hsv_to_rgb(hue, saturation, value)
+
+
+def ssd_jitter(image, *steps):
+    """Steps (name, amount) of uint8 (3, H, W), each cut to 0 to 255 and to whole numbers."""
+    pixels = image.flatten(1).T.tolist()
+    for name, amount in steps:
+        pixels = np.array([ssd_step(pixel, name, amount) for pixel in pixels])
+        pixels = pixels.clip(0, 255).astype(int).tolist()
+    return torch.tensor(pixels).T.reshape(image.shape)
+
+
+# ------------------------------------------------------------ refinement
+def union_find(label):
+    """The 4-connected pieces of one class -> {first pixel: set of pixels}, IGNORE left out."""
+    parent = {(y, x): (y, x) for y, x in np.argwhere(label != IGNORE).tolist()}
+
+    def root(pixel):
+        while parent[pixel] != pixel:
+            pixel = parent[pixel]
+        return pixel
+    for y, x in parent:
+        for other in ((y - 1, x), (y, x - 1)):
+            if other in parent and label[other] == label[y, x]:
+                one, two = sorted((root((y, x)), root(other)))
+                parent[two] = one
+    pieces = {}
+    for pixel in parent:
+        pieces.setdefault(root(pixel), set()).add(pixel)
+    return pieces
+
+
+def papers_rule(label, masks, classes):
+    """3.3 written out. masks: one for every piece that is large enough, in the order of prompts.
+    Union of a class first; a pixel of two different classes, or of none, is not labelled."""
+    out = np.full(label.shape, IGNORE)
+    for y, x in np.ndindex(label.shape):
+        claims = {cls for cls, mask in zip(classes, masks) if mask[y, x]}
+        if len(claims) == 1:
+            out[y, x] = claims.pop()
+    return out
