@@ -1,5 +1,4 @@
 """The miniature SAM against segment_anything's own model, and what its folder may not be."""
-import copy
 import json
 import shutil
 
@@ -8,8 +7,8 @@ import pytest
 import torch
 import world
 from PIL import Image
+from references import plain_sam
 from segment_anything import SamPredictor
-from segment_anything.modeling import MaskDecoder, Sam
 
 import common
 from tests.toy import sam as miniature
@@ -27,31 +26,15 @@ def small():
 
 @pytest.mark.parametrize("shape", [(256, 256), (128, 256), (256, 128), (200, 256), (719, 1281)])
 def test_its_masks_are_those_of_a_plain_sam_that_sees_no_padding(small, shape):
-    image = Image.fromarray(world.draw(2, "day")[0]).resize(shape[::-1])
+    image = np.asarray(Image.fromarray(world.draw(2, "day")[0]).resize(shape[::-1]))
     points = np.random.default_rng(2).integers(0, shape[::-1], (5, 2))
     predictor = SamPredictor(small)
-    predictor.set_image(np.asarray(image))
+    predictor.set_image(image)
     masks, ratings, low = predictor.predict(points, np.ones(5), return_logits=True)
-    # by hand: the same weights in segment_anything's own classes, which do work on the padding;
-    # normalise, encode the picture's multiples of 16, cut every code to the embedding
-    plain = copy.deepcopy(small)
-    plain.__class__, plain.mask_decoder.__class__ = Sam, MaskDecoder
-    pixels = predictor.transform.apply_image(np.asarray(image))
-    height, width = pixels.shape[:2]
-    rows, columns = -(-height // 16) * 16, -(-width // 16) * 16
-    with torch.no_grad():
-        square = plain.preprocess(torch.from_numpy(pixels).permute(2, 0, 1)[None].float())
-        embedding = plain.image_encoder(square[..., :rows, :columns])
-        at = torch.from_numpy(predictor.transform.apply_coords(points, shape)).float()[None]
-        sparse, dense = plain.prompt_encoder((at, torch.ones(1, 5)), None, None)
-        position = plain.prompt_encoder.get_dense_pe()[..., :rows // 8, :columns // 8]
-        dense = dense[..., :rows // 8, :columns // 8]
-        wanted, rated = plain.mask_decoder(embedding, position, sparse, dense, True)
-        padded = torch.zeros(1, 3, 128, 128)
-        padded[..., :rows // 2, :columns // 2] = wanted
-        enlarged = plain.postprocess_masks(padded, (height, width), shape)
-    assert np.array_equal(low, wanted[0]) and np.array_equal(ratings, rated[0])
-    assert masks.shape == (3, *shape) and np.array_equal(masks, enlarged[0])
+    at = torch.from_numpy(predictor.transform.apply_coords(points, shape)).float()[None]
+    wanted, rated, large = plain_sam(small, predictor.transform.apply_image(image), at, shape)
+    assert np.array_equal(low, wanted) and np.array_equal(ratings, rated)
+    assert masks.shape == (3, *shape) and np.array_equal(masks, large)
     # and low masks are prompts again
     masks, _, again = predictor.predict(points, np.ones(5), mask_input=low[None, ratings.argmax()])
     assert low.shape == again.shape and masks.shape == (3, *shape)
@@ -71,16 +54,14 @@ def test_five_points_in_a_true_piece_give_back_most_of_it(small):
 
 
 CONFIG = (FOLDER / "config.json").read_bytes()
-CHANGES = [
-    {"blocks": [0, 2, 2, 10 ** 9]}, {"width": 10 ** 9}, {"width": "128"}, {"image_size": 250},
-    {"image_size": -256}, {"encoder": [32, 64, 80]}, {"encoder": 32}, {"heads": 3}, {"heads": 0},
-    {"stride": 16}]
+CHANGES = [{"blocks": [0, 2, 2, 10 ** 9]}, {"width": 10 ** 9}, {"width": "128"},
+           {"image_size": 250}, {"image_size": -256}, {"encoder": [32, 64, 80]}, {"encoder": 32},
+           {"heads": 3}, {"heads": 0}, {"stride": 16}]
 BROKEN = [("config.json", json.dumps(json.loads(CONFIG) | change).encode(), next(iter(change)))
           for change in CHANGES]
 BROKEN += [("config.json", content, "config.json") for content in (None, b"{", b"[]", b"\xff")]
-BROKEN += [("model.safetensors", None, "restore it"),
-           ("model.safetensors", b"not weights", "restore it"),
-           ("config.json", CONFIG.replace(b"128", b"64"), "does not hold the weights")]
+BROKEN += [("model.safetensors", content, "restore it") for content in (None, b"not weights")]
+BROKEN += [("config.json", CONFIG.replace(b"128", b"64"), "does not hold the weights")]
 
 
 @pytest.mark.parametrize("name, content, answer", BROKEN)
