@@ -12,6 +12,7 @@ import numpy as np
 import open_clip
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from segment_anything import modeling
 from torch import nn
@@ -305,3 +306,21 @@ def papers_rule(label, masks, classes):
         if len(claims) == 1:
             out[y, x] = claims.pop()
     return out
+
+
+# ------------------------------------------------------------ mIoU
+def cityscapesscripts_iou(maps, folder, ids):
+    """maps: pairs (prediction, truth) of label ids, written to a folder -> cityscapesScripts' mean
+    and its IoU of every class in `ids`, in 0..1"""
+    from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as scripts
+    scripts.args.evalInstLevelScore = scripts.args.evalPixelAccuracy = False
+    scripts.args.JSONOutput, scripts.args.quiet = False, True
+    files = {"prediction": [], "truth": []}
+    for i, pair in enumerate(maps):
+        for kind, array in zip(files, pair):
+            files[kind].append(str(folder / f"{kind}_{i}.png"))
+            Image.fromarray(array.astype(np.uint8)).save(files[kind][-1])
+    official = scripts.evaluateImgLists(files["prediction"], files["truth"], scripts.args)
+    names = {label.id: label.name for label in scripts.labels}
+    each = [official["classScores"][names[label_id]] for label_id in ids]
+    return official["averageScoreClasses"], each
