@@ -19,7 +19,9 @@ from torch import nn
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as library
 
+import common
 from common import IGNORE
+from conftest import here
 from tests.toy import sam as miniature
 
 
@@ -237,6 +239,22 @@ def plain_sam(small, pixels, points, shape):
     return low[0], ratings[0], plain.postprocess_masks(padded, (height, width), shape)[0]
 
 
+class PerfectSam:
+    """A SamPredictor that knows the label: its masks are where it is as below the first point."""
+    transform = SimpleNamespace(apply_coords_torch=lambda points, shape: points)
+
+    def __init__(self, label):
+        self.label = label
+
+    def set_image(self, image):
+        pass
+
+    def predict_torch(self, points, positive):
+        x, y = points[:, 0].long().T
+        mask = self.label == self.label[y, x][:, None, None]
+        return mask[:, None].repeat(1, 3, 1, 1), torch.ones(len(points), 3), None
+
+
 # ------------------------------------------------------------ colour jitter
 class Recorder(np.random.Generator):
     """A generator that remembers the amounts which were drawn: [(range, amount)]."""
@@ -324,3 +342,181 @@ def cityscapesscripts_iou(maps, folder, ids):
     names = {label.id: label.name for label in scripts.labels}
     each = [official["classScores"][names[label_id]] for label_id in ids]
     return official["averageScoreClasses"], each
+
+
+# ------------------------------------------------------------ data sets in their official formats
+SIZE = 64, 128                          # rows, columns of every picture
+# ids that the labels hold: some of the 19 classes, some that are not scored
+CITYSCAPES_IDS = (0, 3, 7, 8, 11, 19, 21, 23, 26, 33)
+SYNTHIA_IDS = (0, 1, 2, 3, 8, 15, 22)
+MAPILLARY_IDS = (0, 13, 17, 24, 27, 30, 41, 55, 65)
+TRAIN_IDS = (0, 1, 2, 7, 10, 13, 18, 255)
+
+
+def picture(path, seed):
+    """A picture of soft colours, as PNG or JPEG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 8, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize(SIZE[::-1], Image.BICUBIC).save(path)
+
+
+def scene(ids, seed):
+    """uint8 (H, W): 32 squares, each of one of the ids"""
+    coarse = np.random.default_rng((seed, 1)).choice(ids, (4, 8))
+    return np.kron(coarse, np.ones((16, 16))).astype(np.uint8)
+
+
+def grey(path, label, colours=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(label)
+    if colours:
+        image.putpalette(colours)
+    image.save(path)
+
+
+def palette(path, label):
+    """The pixels are ids, the file knows a colour for each."""
+    grey(path, label, np.random.default_rng(0).integers(0, 256, 768).tolist())
+
+
+def write_official_data(root, png16):
+    """Two pictures of every data set that the presets name, three for training.
+    png16(path, array) writes 16 bits per channel."""
+    def instances(path, label):     # SYNTHIA_IDS: the id in red and an instance's number in green
+        png16(path, np.stack((label, label * 7, label * 0), -1).astype(np.uint16))
+
+    def pair(image, label, write, ids, seed):
+        picture(root / image, seed)
+        write(root / label, scene(ids, seed))
+    for i in range(3):
+        pair(f"gta/images/{i + 1:05}.png", f"gta/labels/{i + 1:05}.png", palette, CITYSCAPES_IDS, i)
+        pair(f"synthia/RGB/{i:07}.png", f"synthia/GT/LABELS/{i:07}.png", instances, SYNTHIA_IDS, i)
+    for split, city, n in (("train", "aachen", 3), ("val", "frankfurt", 2)):
+        for i in range(n):
+            name = f"{split}/{city}/{city}_000000_{i:06}"
+            pair(f"cityscapes/leftImg8bit/{name}_leftImg8bit.png",
+                 f"cityscapes/gtFine/{name}_gtFine_labelIds.png", grey, CITYSCAPES_IDS, i)
+            grey(root / f"cityscapes/gtFine/{name}_gtFine_instanceIds.png", scene((0, 7), i))
+    for i in range(2):
+        name = f"val/7d06fefd-f7be05a{i}"
+        pair(f"bdd100k/images/10k/{name}.jpg", f"bdd100k/labels/sem_seg/masks/{name}.png", grey,
+             TRAIN_IDS, i)
+        name = f"{i}AFqPoXNmdqnDmqHXjVMmg"
+        pair(f"mapillary/validation/images/{name}.jpg", f"mapillary/validation/labels/{name}.png",
+             palette, MAPILLARY_IDS, i)
+        for weather in ("fog", "night", "rain", "snow"):
+            name = f"{weather}/val/GOPR0476/GOPR0476_frame_00085{i}"
+            pair(f"acdc/rgb_anon/{name}_rgb_anon.png", f"acdc/gt/{name}_gt_labelTrainIds.png", grey,
+                 TRAIN_IDS, i)
+
+
+# ------------------------------------------------------------ what 03 and 04 do in their steps
+WATCHED = "mask_loss", "refine", "embed_pictures", "update_teacher"
+FEW = {"03_train_source": ["--BATCH=4"], "04_selftrain": ["--N_SOURCE=3", "--N_GENERATED=3"]}
+
+
+def scenes(folder):
+    """[(picture uint8 (3, H, W), label int64 (H, W))] of a folder of the miniature world"""
+    found = []
+    for path in sorted((folder / "images").iterdir()):
+        picture = np.array(Image.open(path).convert("RGB"))
+        label = np.array(Image.open(folder / "labels" / path.name))
+        found.append((torch.from_numpy(picture).permute(2, 0, 1), torch.from_numpy(label).long()))
+    return found
+
+
+def last_weight(module):
+    return list(module.parameters())[-1].detach().clone()
+
+
+class WatchedRun:
+    """A run of 03 or 04 whose functions are watched.
+
+    calls: {function: [(arguments, what it returned)]}; seen: the pictures that the student saw in
+    each step; teachers: a weight of the teacher in each; seeds: of the loss's random points; norms:
+    of the gradient of each step's loss; start: the weights before the first step.
+    invert: all colours, in place of the colour jitter. noise: relative, on the first weights."""
+
+    def __init__(self, name, root, out, *arguments, invert=True, noise=0., seed=0, steps=10 ** 9):
+        self.invert, self.noise, self.seed, self.steps = invert, noise, seed, steps
+        self.calls = {name: [] for name in WATCHED}
+        self.seen, self.teachers, self.seeds, self.norms = [], [], [], []
+        self.truth, self.source = scenes(root / "toy/day"), scenes(root / "toy/game_train")
+        arguments = [*FEW[name], *arguments, "--LOG_EVERY=1", "--WORKERS=0", f"--OUT={out}"]
+        if name == "04_selftrain":
+            arguments.append(f"--GENERATED=folder:{root}/toy/day/images")
+        end = here(name, *arguments, run=root / "run", data=root, change=self.change)
+        assert end == (None if steps == 10 ** 9 else f"{name}.py: enough")
+        self.log, self.out = common.read_lines(out / "log.jsonl", "step", "loss"), out
+
+    def change(self, stage):
+        self.stages = stage, getattr(stage, "source_stage", stage)
+        if self.invert:
+            self.put("colour_jitter", lambda image, random: 255 - image)
+        self.put("preview", lambda *arguments: None)
+        self.put("predict", self.predict)
+        for name in WATCHED:
+            self.watch(name)
+        make, forward = self.find("make_optimizer"), self.stages[1].Encoder.forward
+
+        def make_optimizer(*arguments):
+            self.optimizer, trained = make(*arguments)
+            generator = torch.Generator().manual_seed(self.seed)
+            with torch.no_grad():
+                for weight in trained:
+                    random = torch.randn(weight.shape, generator=generator)
+                    weight.mul_(1 + self.noise * random)
+            self.start = [weight.detach().clone() for weight in trained]
+            return self.optimizer, trained
+
+        def see(encoder, images):
+            if images.dtype == torch.uint8:
+                self.seen.append(images)
+            return forward(encoder, images)
+        self.put("make_optimizer", make_optimizer)
+        self.stages[1].Encoder.forward = see
+
+    def find(self, name):
+        return getattr(self.stages[0], name, None) or getattr(self.stages[1], name, None)
+
+    def put(self, name, function):
+        """Replace a function in the stage and in 03, from where 04 takes some."""
+        for module in self.stages:
+            setattr(module, name, function)
+
+    def watch(self, name):
+        function = self.find(name)
+
+        def call(*arguments, **options):
+            if name == "mask_loss" and len(self.calls[name]) == self.steps:
+                raise common.Stop("enough")
+            if name == "mask_loss":
+                self.seeds.append(torch.initial_seed())
+            result = function(*arguments, **options)
+            if name == "mask_loss":
+                weights = sum((group["params"] for group in self.optimizer.param_groups), [])
+                found = torch.autograd.grad(result[0], weights, retain_graph=True,
+                                            allow_unused=True)
+                squares = [g.double().square().sum() for g in found if g is not None]
+                self.norms.append(float(sum(squares).sqrt()))
+            self.calls[name].append((arguments, result))
+            return result
+        if function:
+            self.put(name, call)
+
+    def predict(self, encoder, decoder, images, half=False):
+        """Scores of a teacher that knows the label of every clean picture, and no other picture"""
+        self.teachers.append(last_weight(decoder))
+        assert not decoder.training and not encoder.training
+        labels = []
+        for image in images:
+            label, = [label for clean, label in self.truth if torch.equal(image, clean)]
+            labels.append(label)
+        return torch.nn.functional.one_hot(torch.stack(labels), 12).movedim(3, 1).float()
+
+    def pairs(self):
+        """[(a picture that the student saw, as it was before; the label that it learnt)]"""
+        found = []
+        for images, (arguments, _) in zip(self.seen, self.calls["mask_loss"], strict=True):
+            found += zip(255 - images, arguments[2].long(), strict=True)
+        return found
