@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from segment_anything import modeling
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Mask2FormerConfig
+from transformers import AutoModel, Mask2FormerConfig, SegformerConfig, SegformerModel
 from transformers.models.mask2former import modeling_mask2former as library
 
 import common
@@ -63,6 +63,25 @@ def write_timm(folder, architecture="resnet18", **model):
     (folder / "config.json").write_text(json.dumps(about))
     network = random_statistics(timm.create_model(architecture, num_classes=5, **model))
     save_file(network.state_dict(), folder / "model.safetensors")
+
+
+def load_nothing(monkeypatch):
+    """The libraries create their models as always, but with random weights."""
+    clip, image_model = open_clip.create_model, timm.create_model
+
+    def create_clip(name, pretrained, require_pretrained):
+        return clip(name)
+
+    def create_image_model(name, pretrained, **options):
+        return image_model(name, pretrained=False, **options)
+
+    def create_segformer(name, dtype):
+        assert name == "nvidia/mit-b5" and dtype == torch.float32
+        config = SegformerConfig(depths=[3, 6, 40, 3], hidden_sizes=[64, 128, 320, 512])
+        return SegformerModel(config)
+    monkeypatch.setattr(open_clip, "create_model", create_clip)
+    monkeypatch.setattr(timm, "create_model", create_image_model)
+    monkeypatch.setattr(AutoModel, "from_pretrained", create_segformer)
 
 
 def stages_of(stem, stages):
@@ -203,6 +222,26 @@ def mask2former_loss(monkeypatch, classes, masks, labels, pools, n, weights, no_
     return total, matches, [term.item() for term in sums]
 
 
+def pieces(*class_sets):
+    """Labels (B, H, W) of blocks of 8 x 8 pixels, each of a random class of the image's set."""
+    random, labels = np.random.default_rng(4), []
+    for ids in class_sets:
+        block = np.resize(random.permutation(np.resize(ids, 24)), (4, 6))
+        labels.append(torch.from_numpy(np.kron(block, np.ones((8, 8), np.int64))))
+    return torch.stack(labels)
+
+
+def drawing(label, sure=10.):
+    """Logits (1, 1, 5, 4) and (1, 1, 5, h, w): the first queries draw 2, 0 and 1, two nothing."""
+    c, m = torch.full((1, 1, 5, 4), -sure), torch.full((1, 1, 5, *label.shape), -sure)
+    c[..., 3] = sure
+    for q, cls in enumerate((2, 0, 1)):
+        c[0, 0, q] = -sure
+        c[0, 0, q, cls] = sure
+        m[0, 0, q] = torch.where(label == cls, sure, -sure)
+    return c, m
+
+
 # ------------------------------------------------------------ SAM
 def tiny_sam():
     """A small Sam in the library's own classes, random, but with masks that are neither empty nor
@@ -299,6 +338,15 @@ def ssd_jitter(image, *steps):
 
 
 # ------------------------------------------------------------ refinement
+def random_label(seed, shape=(14, 19), classes=4):
+    """From noise to large areas, some with IGNORE."""
+    random, block = np.random.default_rng(seed), 1 + seed % 4
+    coarse = random.integers(0, classes, (-(-shape[0] // block), -(-shape[1] // block)))
+    label = np.kron(coarse, np.ones((block, block)))[:shape[0], :shape[1]].astype(np.uint8)
+    label[random.random(shape) < .1 * (seed % 3)] = IGNORE
+    return label
+
+
 def union_find(label):
     """The 4-connected pieces of one class -> {first pixel: set of pixels}, IGNORE left out."""
     parent = {(y, x): (y, x) for y, x in np.argwhere(label != IGNORE).tolist()}

@@ -3,7 +3,7 @@ cases small enough to count by hand."""
 import numpy as np
 import pytest
 import torch
-from references import centres, library, mask2former_loss
+from references import centres, drawing, library, mask2former_loss, pieces
 
 from common import IGNORE
 from conftest import fresh
@@ -38,15 +38,6 @@ def predictions(images):
     generator = torch.Generator().manual_seed(3)
     classes = torch.randn(LAYERS, images, QUERIES, CLASSES + 1, generator=generator)
     return classes, 3 * torch.randn(LAYERS, images, QUERIES, *COARSE, generator=generator)
-
-
-def pieces(*class_sets):
-    """Labels (B, H, W) of blocks of 8 x 8 pixels, each of a random class of the image's set."""
-    random, labels = np.random.default_rng(4), []
-    for ids in class_sets:
-        block = np.resize(random.permutation(np.resize(ids, 24)), (4, 6))
-        labels.append(torch.from_numpy(np.kron(block, np.ones((8, 8), np.int64))))
-    return torch.stack(labels)
 
 
 FOUR = [0, 1, 2, 3, 4, 5], [2], [5, 1, 3], [0, 4]
@@ -161,17 +152,6 @@ def test_uncertain_points_are_the_least_sure_of_the_candidates_and_never_ignored
 # ------------------------------------------------------------ by hand
 LABEL = torch.zeros(16, 16, dtype=torch.int64)
 LABEL[:, 8:], LABEL[:4] = 1, 2
-
-
-def drawing(label, sure=10.):
-    """Logits (1, 1, 5, 4) and (1, 1, 5, h, w): the first queries draw 2, 0 and 1, two nothing."""
-    c, m = torch.full((1, 1, 5, 4), -sure), torch.full((1, 1, 5, *label.shape), -sure)
-    c[..., 3] = sure
-    for q, cls in enumerate((2, 0, 1)):
-        c[0, 0, q] = -sure
-        c[0, 0, q, cls] = sure
-        m[0, 0, q] = torch.where(label == cls, sure, -sure)
-    return c, m
 
 
 def loss_of(c, m, label, unlabelled="ignore"):
