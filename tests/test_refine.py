@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from references import papers_rule, union_find
+from references import papers_rule, random_label, union_find
 
 import common
 from common import IGNORE
@@ -35,15 +35,6 @@ def redraw(stage, label, masks, seed=0):
     refined, prompts = stage.refine(None, torch.zeros(1, 1, 1), label, np.random.default_rng(seed))
     assert refined.shape == label.shape
     return refined.numpy(), np.asarray(prompts)
-
-
-def random_label(seed, shape=(14, 19), classes=4):
-    """From noise to large areas, some with IGNORE."""
-    random, block = np.random.default_rng(seed), 1 + seed % 4
-    coarse = random.integers(0, classes, (-(-shape[0] // block), -(-shape[1] // block)))
-    label = np.kron(coarse, np.ones((block, block)))[:shape[0], :shape[1]].astype(np.uint8)
-    label[random.random(shape) < .1 * (seed % 3)] = IGNORE
-    return label
 
 
 # ------------------------------------------------------------ pieces and points
