@@ -5,6 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from references import load_nothing
 
 import common
 from conftest import fresh
@@ -25,23 +26,7 @@ ENCODERS = {        # channels at strides 4, 8, 16 and 32; millions of parameter
 
 @pytest.fixture
 def random_weights(monkeypatch):
-    """The libraries create their models as always, but load nothing."""
-    import open_clip
-    import timm
-    from transformers import AutoModel, SegformerConfig, SegformerModel
-    clip, image_model = open_clip.create_model, timm.create_model
-
-    def create_image_model(name, pretrained, **options):
-        return image_model(name, pretrained=False, **options)
-
-    def create_segformer(name, dtype):
-        assert name == "nvidia/mit-b5" and dtype == torch.float32
-        config = SegformerConfig(depths=[3, 6, 40, 3], hidden_sizes=[64, 128, 320, 512])
-        return SegformerModel(config)
-    monkeypatch.setattr(open_clip, "create_model",
-                        lambda name, pretrained, require_pretrained: clip(name))
-    monkeypatch.setattr(timm, "create_model", create_image_model)
-    monkeypatch.setattr(AutoModel, "from_pretrained", create_segformer)
+    load_nothing(monkeypatch)
 
 
 def millions(module):
