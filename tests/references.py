@@ -231,17 +231,6 @@ def pieces(*class_sets):
     return torch.stack(labels)
 
 
-def drawing(label, sure=10.):
-    """Logits (1, 1, 5, 4) and (1, 1, 5, h, w): the first queries draw 2, 0 and 1, two nothing."""
-    c, m = torch.full((1, 1, 5, 4), -sure), torch.full((1, 1, 5, *label.shape), -sure)
-    c[..., 3] = sure
-    for q, cls in enumerate((2, 0, 1)):
-        c[0, 0, q] = -sure
-        c[0, 0, q, cls] = sure
-        m[0, 0, q] = torch.where(label == cls, sure, -sure)
-    return c, m
-
-
 # ------------------------------------------------------------ SAM
 def tiny_sam():
     """A small Sam in the library's own classes, random, but with masks that are neither empty nor

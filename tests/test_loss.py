@@ -3,7 +3,7 @@ cases small enough to count by hand."""
 import numpy as np
 import pytest
 import torch
-from references import centres, drawing, library, mask2former_loss, pieces
+from references import centres, library, mask2former_loss, pieces
 
 from common import IGNORE
 from conftest import fresh
@@ -150,44 +150,13 @@ def test_uncertain_points_are_the_least_sure_of_the_candidates_and_never_ignored
 
 
 # ------------------------------------------------------------ by hand
-LABEL = torch.zeros(16, 16, dtype=torch.int64)
-LABEL[:, 8:], LABEL[:4] = 1, 2
-
-
-def loss_of(c, m, label, unlabelled="ignore"):
-    torch.manual_seed(0)
-    return stage.mask_loss(c, m, label[None], 64, WEIGHTS, NO_OBJECT, unlabelled)
-
-
-def test_nothing_but_ignore_teaches_nothing():
-    c, m = (part.requires_grad_() for part in drawing(LABEL, 2.))
-    nothing = torch.full_like(LABEL, IGNORE)
-    loss, _ = loss_of(c, m, nothing)
-    of_class, of_mask = gradients(loss, c, m)
-    assert loss == 0 and of_class.abs().max() == 0 and of_mask.abs().max() == 0
-    loss, _ = loss_of(c, m, nothing, "negative")        # as a picture without a component
+@pytest.mark.parametrize("unlabelled", ["ignore", "negative"])
+def test_nothing_but_ignore_teaches_nothing(monkeypatch, unlabelled):
+    mine = [part.requires_grad_() for part in predictions(1)]
+    nothing = torch.full((1, *SHAPE), IGNORE)
+    loss, _ = ours(monkeypatch, *mine, nothing, random_pools(1), unlabelled=unlabelled)
     assert loss == 0
-
-
-def test_a_query_that_lies_on_ignored_pixels_is_not_taught_no_object():
-    label = LABEL.clone()
-    label[8:] = IGNORE
-    c, m = drawing(LABEL, 2.)
-    m[0, 0, 3, :8] = 2.                                 # query 3 draws known pixels,
-    m[0, 0, 4, 8:] = 2.                                 # query 4 unknown ones
-    c.requires_grad_()
-    taught, = gradients(loss_of(c, m, label)[0], c)
-    assert taught[0, 0, 3].abs().max() > 0 and taught[0, 0, 4].abs().max() == 0
-    taught, = gradients(loss_of(c, m, label, "negative")[0], c)
-    assert taught[0, 0, 4].abs().max() > 0              # officially: what nobody claims is none
-
-
-def test_unmatched_queries_learn_no_object_with_a_tenth_of_the_weight():
-    c, m = torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 16, 16)
-    c[..., 0] = 5.              # all three are sure of class 0: right for one, wrong for two
-    _, terms = loss_of(c, m, torch.zeros_like(LABEL))
-    right, _, _, wrong = -c[0, 0, 0].log_softmax(0)
-    assert abs(terms["class"] - (right + .2 * wrong) / 1.2) < 1e-5
+    assert all(found.abs().max() == 0 for found in gradients(loss, *mine))
 
 
 def test_a_broken_network_shows_in_the_loss_not_in_the_matching():
