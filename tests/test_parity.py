@@ -1,6 +1,8 @@
 """Every part that has a library behind it, against that library itself: encoders, decoder, first
 weights, class scores, SAM, colour jitter, half precision."""
 import inspect
+import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,9 +12,10 @@ import timm
 import torch
 import torch.nn.functional as F
 import world
-from references import (Recorder, copy_decoder, copy_layer, filled, mask2former, projection,
-                        ssd_jitter, stages_of, their_position, tiny_sam, write_convnext,
-                        write_resnet, write_timm, xavier)
+from PIL import Image
+from references import (Recorder, copy_decoder, copy_layer, filled, mask2former, plain_sam,
+                        projection, ssd_jitter, stages_of, their_position, tiny_sam,
+                        write_convnext, write_resnet, write_timm, xavier)
 from safetensors.torch import load_file
 from segment_anything import SamPredictor
 from torch import nn
@@ -280,7 +283,7 @@ def test_masks_are_sam_predictors_best(selftrain, make, shape):
 def test_embeddings_are_sam_predictors_in_half_precision(selftrain, tmp_path, make, batch):
     sam, files = make(), [tmp_path / f"{k}.png" for k in range(3)]
     for k, file in enumerate(files):
-        common.Image.fromarray(scene((128, 256), k)).save(file)
+        Image.fromarray(scene((128, 256), k)).save(file)
     selftrain.SAM_BATCH = batch
     paths = selftrain.embed_pictures(sam, files, (128, 256), False)
     predictor = SamPredictor(sam)
@@ -289,6 +292,60 @@ def test_embeddings_are_sam_predictors_in_half_precision(selftrain, tmp_path, ma
         stored, wanted = np.load(path), predictor.features[0].half().numpy()
         assert stored.dtype == np.float16
         assert np.allclose(stored, wanted, rtol=1e-3, atol=1e-4)        # one step of float16
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (128, 256), (256, 128), (200, 256), (719, 1281)])
+def test_the_miniature_is_a_plain_sam_that_sees_no_padding(shape):
+    image = np.asarray(Image.fromarray(world.draw(2, "day")[0]).resize(shape[::-1]))
+    points = np.random.default_rng(2).integers(0, shape[::-1], (5, 2))
+    small = miniature_sam()
+    assert not any(module.training for module in small.modules())
+    assert not any(p.requires_grad or p.dtype != torch.float32 for p in small.parameters())
+    predictor = SamPredictor(small)
+    predictor.set_image(image)
+    masks, ratings, low = predictor.predict(points, np.ones(5), return_logits=True)
+    at = torch.from_numpy(predictor.transform.apply_coords(points, shape)).float()[None]
+    wanted, rated, large = plain_sam(small, predictor.transform.apply_image(image), at, shape)
+    assert np.array_equal(low, wanted) and np.array_equal(ratings, rated)
+    assert masks.shape == (3, *shape) and np.array_equal(masks, large)
+    # and low masks are prompts again
+    masks, _, again = predictor.predict(points, np.ones(5), mask_input=low[None, ratings.argmax()])
+    assert low.shape == again.shape and masks.shape == (3, *shape)
+
+
+def test_five_points_in_a_true_piece_give_the_miniature_most_of_it():
+    found, predictor = [], SamPredictor(miniature_sam())
+    for seed in world.seeds("validation", "day", 4):
+        image, label, *_ = world.draw(seed, "day")
+        y, x = np.nonzero(label == world.ROAD)
+        chosen = np.random.default_rng(seed).integers(0, len(x), 5)
+        predictor.set_image(image)
+        masks, ratings, _ = predictor.predict(np.stack((x[chosen], y[chosen]), 1), np.ones(5))
+        mask, road = masks[ratings.argmax()], label == world.ROAD
+        found.append((mask & road).sum() / (mask | road).sum())
+    assert np.mean(found) > .8
+
+
+CONFIG = (SAM / "config.json").read_bytes()
+CHANGES = [{"blocks": [0, 2, 2, 10 ** 9]}, {"width": 10 ** 9}, {"width": "128"},
+           {"image_size": 250}, {"image_size": -256}, {"encoder": [32, 64, 80]}, {"encoder": 32},
+           {"heads": 3}, {"heads": 0}, {"stride": 16}]
+BROKEN = [("config.json", json.dumps(json.loads(CONFIG) | change).encode(), next(iter(change)))
+          for change in CHANGES]
+BROKEN += [("config.json", content, "config.json") for content in (None, b"{", b"[]", b"\xff")]
+BROKEN += [("model.safetensors", content, "restore it") for content in (None, b"not weights")]
+BROKEN += [("config.json", CONFIG.replace(b"128", b"64"), "does not hold the weights")]
+
+
+@pytest.mark.parametrize("name, content, answer", BROKEN)
+def test_a_miniature_that_is_broken_stops_with_one_line(tmp_path, name, content, answer):
+    shutil.copytree(SAM, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(common.Stop, match=str(tmp_path)) as stopped:
+        miniature.load(tmp_path)
+    assert answer in str(stopped.value) and "\n" not in str(stopped.value)
 
 
 # ------------------------------------------------------------ colour jitter
