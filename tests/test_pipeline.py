@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -15,44 +16,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from references import RESULT, TRAINING, SmallRun, count, decided, equal, same
+from safetensors.torch import load_file
 
 import common
 from common import read_lines
 from conftest import ROOT, SMALL, environment, here, stop_at_the_checkpoint
-
-RESULT = {"01_prompts": "prompts.txt", "02_generate": "index.jsonl",
-          "03_train_source": "model.safetensors", "04_selftrain": "model.safetensors",
-          "05_eval": "results.json"}
-TRAINING = "03_train_source", "04_selftrain"
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-
-
-def same_pictures(a, b):
-    names = [row["file"] for row in read_lines(a / "index.jsonl")]
-    return all(np.array_equal(Image.open(a / name), Image.open(b / name)) for name in names)
-
-
-def scores(folder):
-    rows = json.loads((folder / "results.json").read_text())["rows"]
-    return [[target["iou"] for target in row["targets"].values()] for row in rows]
-
-
-def same(stage, a, b):
-    """Whether two run folders hold the same result of a stage, bit for bit."""
-    a, b, result = a / stage, b / stage, RESULT[stage]
-    if stage == "05_eval":
-        return scores(a) == scores(b)
-    if stage in TRAINING:
-        names = [result, "teacher.safetensors"][:1 + (stage == "04_selftrain")]
-        return all(equal(load_file(a / name), load_file(b / name)) for name in names)
-    if stage == "02_generate" and not same_pictures(a, b):
-        return False
-    return (a / result).read_bytes() == (b / result).read_bytes()
 
 
 def beside(whole, run, without):
@@ -215,17 +184,6 @@ def test_a_checkpoint_of_other_constants_is_refused(stopped, say, tmp_path):
     assert "was made with LR=0.0015 (now 0.0001)" in message and "\n" not in message
 
 
-class SmallRun:
-    """As much of common.Run as a checkpoint needs."""
-    constants = {"LR": 1}
-
-    def __init__(self, out):
-        self.out = out
-
-    def compare(self, earlier):
-        assert earlier["LR"] == 1
-
-
 def resumed(folder, module):
     return import_module("03_train_source").Progress(SmallRun(folder), {"module": module}, 8)
 
@@ -353,28 +311,7 @@ def test_05_scores_the_encoder_that_was_trained(trained, data, tmp_path, start):
     counted = []
     for weights in (encoder_of(file), original().state_dict()):
         encoder.load_state_dict(weights)
-        counted.append(count(encoder, decoder, common.pairs(target, "val")))
+        predict = partial(source_stage.predict, encoder, decoder)
+        counted.append(count(predict, common.pairs(target, "val")))
     confusion = np.load(tmp_path / "run/05_eval" / row["targets"][target]["confusion"])
     assert np.array_equal(confusion, counted[0]) and not np.array_equal(confusion, counted[1])
-
-
-def decided(path, out):
-    """A network whose few steps of training left it undecided, with larger logits -> out"""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    for name in ("class_head.weight", "mask_head.4.weight"):
-        tensors[f"decoder.{name}"] *= 100
-    save_file(tensors, out, metadata=metadata)
-    return out
-
-
-def count(encoder, decoder, pairs):
-    """Pixel counts of [true class, predicted class]"""
-    counts = np.zeros((12, 12), int)
-    for image, label in pairs:
-        pixels = torch.from_numpy(np.array(common.read_image(image))).permute(2, 0, 1)[None]
-        scores = import_module("03_train_source").predict(encoder, decoder, pixels)
-        truth = np.asarray(Image.open(label))
-        np.add.at(counts, (truth.ravel(), scores.argmax(1).numpy().ravel()), 1)
-    return counts
