@@ -181,3 +181,16 @@ def launched(monkeypatch):
             common.launch(vars(module))
         return stopped.value.code
     return call
+
+
+def stop_at_the_checkpoint(stage, *arguments, run, data):
+    """The stage in this process, interrupted as soon as its first checkpoint is there."""
+    replace = common.os.replace
+
+    def interrupt(part, path):
+        replace(part, path)
+        if Path(path).name == "checkpoint.pt":
+            raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.os, "replace", interrupt)
+        assert "stopped" in here(stage, *arguments, run=run, data=data)

@@ -5,6 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from references import load_nothing
 
 import common
 from conftest import fresh
@@ -25,38 +26,17 @@ ENCODERS = {        # channels at strides 4, 8, 16 and 32; millions of parameter
 
 @pytest.fixture
 def random_weights(monkeypatch):
-    """The libraries create their models as always, but load nothing."""
-    import open_clip
-    import timm
-    from transformers import AutoModel, SegformerConfig, SegformerModel
-    clip, image_model = open_clip.create_model, timm.create_model
-
-    def create_clip(name, pretrained, require_pretrained):
-        return clip(name)
-
-    def create_image_model(name, pretrained, **options):
-        return image_model(name, pretrained=False, **options)
-
-    def create_segformer(name, dtype):
-        assert name == "nvidia/mit-b5" and dtype == torch.float32
-        config = SegformerConfig(depths=[3, 6, 40, 3], hidden_sizes=[64, 128, 320, 512])
-        return SegformerModel(config)
-    monkeypatch.setattr(open_clip, "create_model", create_clip)
-    monkeypatch.setattr(timm, "create_model", create_image_model)
-    monkeypatch.setattr(AutoModel, "from_pretrained", create_segformer)
+    load_nothing(monkeypatch)
 
 
 def millions(module):
     return sum(p.numel() for p in module.parameters()) / 1e6
 
 
-def slow_if_large(name):
-    return pytest.param(name, marks=[pytest.mark.slow] if ENCODERS[name][1] > 40 else [])
-
-
-@pytest.mark.parametrize("name", [slow_if_large(name) for name in ENCODERS])
-def test_one_step_and_one_prediction(random_weights, name):
-    channels, size = ENCODERS[name]
+@pytest.mark.parametrize("name, channels, size", [
+    pytest.param(name, *about, marks=[pytest.mark.slow] if about[1] > 40 else [])
+    for name, about in ENCODERS.items()])
+def test_one_step_and_one_prediction(random_weights, name, channels, size):
     torch.manual_seed(0)
     encoder = stage.Encoder(name)
     assert list(encoder.channels) == channels and abs(millions(encoder) - size) < .1
@@ -66,9 +46,8 @@ def test_one_step_and_one_prediction(random_weights, name):
     labels = torch.arange(96).div(6, rounding_mode="floor").expand(1, 64, -1).clone()
 
     features = encoder(images)
-    assert [tuple(f.shape[1:]) for f in features] == [
-        (c, 64 // stride, 96 // stride) for c, stride in zip(channels, (4, 8, 16, 32))]
-    assert not any(f.requires_grad for f in features)
+    for found, c, stride in zip(features, channels, (4, 8, 16, 32), strict=True):
+        assert found.shape == (1, c, 64 // stride, 96 // stride) and not found.requires_grad
     classes, masks = decoder(features)
     assert classes.shape == (7, 1, 100, 20) and masks.shape == (7, 1, 100, 16, 24)
 

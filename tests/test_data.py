@@ -13,7 +13,7 @@ import check_data
 import common
 from common import IGNORE
 from conftest import ROOT, module_of, script
-from references import CITYSCAPES, FORMS, GREY, MAPILLARY, MAPILLARY_2, SYNTHIA, png16, reordered
+from standins import CITYSCAPES, FORMS, GREY, MAPILLARY, MAPILLARY_2, SYNTHIA, png16, reordered
 from test_real import DAY, REAL, needs
 
 source_stage = import_module("03_train_source")

@@ -34,11 +34,17 @@ def commands():
 
 
 COMMANDS = commands()
+STAGES = sorted(path.stem for path in ROOT.glob("0*_*.py"))
+
+
+def value_of(arguments, name):
+    for argument in arguments:
+        if argument.startswith(f"--{name}="):
+            return argument.partition("=")[2]
 
 
 def test_the_readme_has_the_pipeline_and_experiments():
-    stages = [stage for preset, stage, arguments in COMMANDS if not arguments]
-    assert set(stages) >= {path.stem for path in ROOT.glob("0*_*.py")}
+    assert {stage for preset, stage, arguments in COMMANDS if not arguments} >= set(STAGES)
     assert len(COMMANDS) >= 20
 
 
@@ -73,16 +79,10 @@ def test_the_constants_of_every_command_exist_and_are_in_range(under, preset, st
     under(preset).override(vars(fresh(stage)), arguments)       # raises Stop if not
 
 
-@pytest.mark.parametrize("stage", sorted(path.stem for path in ROOT.glob("0*_*.py")))
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("preset", common.PRESETS)
 def test_every_preset_is_in_range(under, preset, stage):
     under(preset).override(vars(fresh(stage)), [])
-
-
-def value_of(arguments, name):
-    for argument in arguments:
-        if argument.startswith(f"--{name}="):
-            return argument.partition("=")[2]
 
 
 TOO_LARGE = ("ENCODER", "SOURCE", "BATCH", "ITERATIONS", "POINTS", "CROP", "N_SOURCE",
@@ -99,8 +99,7 @@ def in_miniature(stage, arguments, run, data):
     for argument in arguments:
         if argument.removeprefix("--").partition("=")[0] not in TOO_LARGE:
             argument = re.sub(r"runs/\w+/", f"{run}/", argument)
-            argument = re.sub("=folder:.*", f"=folder:{run}/02_generate", argument)
-            small.append(argument)
+            small.append(re.sub("=folder:.*", f"=folder:{run}/02_generate", argument))
     if stage == "04_selftrain":
         small.append(f"--N_GENERATED={min(1, int(value_of(arguments, 'N_GENERATED') or 1))}")
     if stage == "05_eval":

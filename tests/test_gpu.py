@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 import world
-from conftest import SMALL, fresh, here
-from test_pipeline import stop_at_the_checkpoint
+from conftest import SMALL, fresh, here, stop_at_the_checkpoint
 
 import common
 from common import IGNORE
@@ -40,8 +39,8 @@ def exact():
 def network(finished):
     """network(device) -> encoder and decoder that 03 trained for some steps"""
     def load(device):
-        encoder, decoder, _ = source.load_model(finished[0] / "03_train_source/model.safetensors")
-        return encoder.to(device), decoder.to(device)
+        parts = source.load_model(finished[0] / "03_train_source/model.safetensors")
+        return [part.to(device) for part in parts[:2]]
     return load
 
 
@@ -105,14 +104,13 @@ def test_the_loss_is_that_of_the_cpu(exact, monkeypatch):
 
 @torch.no_grad()
 def test_refinement_is_that_of_the_cpu(exact):
-    images, labels = scenes(2)
-    refined, embeddings = [], []
+    (images, labels), refined, embeddings = scenes(2), [], []
     for device in (DEVICE, "cpu"):
         sam = selftrain.load_sam(selftrain.SAM).to(device)
         embeddings.append(sam.image_encoder(sam.preprocess(images.float().to(device))))
         for k in range(2):
-            redrawn, prompts = selftrain.refine(sam, embeddings[-1][k], labels[k].to(device),
-                                                np.random.default_rng(k))
+            random, label = np.random.default_rng(k), labels[k].to(device)
+            redrawn, prompts = selftrain.refine(sam, embeddings[-1][k], label, random)
             assert len(prompts)
             refined.append(redrawn)
     close(*embeddings, 1e-3)
@@ -144,9 +142,9 @@ def test_a_run_goes_on_with_nearly_the_same_losses(finished, data, tmp_path, sta
     arguments = stage, *SMALL[stage], f"--OUT={tmp_path}/out"
     stop_at_the_checkpoint(*arguments, run=finished[0], data=data)
     assert here(*arguments, run=finished[0], data=data) is None
-    logs = [common.read_lines(folder / "log.jsonl", "step", "loss")
-            for folder in (tmp_path / "out", finished[0] / stage)]
-    one, other = ([line["loss"] for line in log] for log in logs)
+    folders = tmp_path / "out", finished[0] / stage
+    one, other = ([line["loss"] for line in common.read_lines(folder / "log.jsonl", "step", "loss")]
+                  for folder in folders)
     assert one == pytest.approx(other, rel=.02)
 
 

@@ -1,12 +1,9 @@
 """Matching, loss and decoder of 03: against transformers' Mask2Former at the same points, and on
 cases small enough to count by hand."""
-from itertools import cycle
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
-from transformers.models.mask2former import modeling_mask2former as library
+from references import centres, library, mask2former_loss, pieces
 
 from common import IGNORE
 from conftest import fresh
@@ -18,90 +15,39 @@ SHAPE, COARSE = (32, 48), (8, 12)               # of labels, and of mask logits
 
 
 # ------------------------------------------------------------ the library, at pixels of our choice
-class Official(library.Mask2FormerLoss):
-    """The library's loss. It remembers which image each mask belongs to, for fake draws."""
-
-    def loss_masks(self, masks, labels, indices, num_masks):
-        queries = [torch.full_like(query, image) for image, (query, _) in enumerate(indices)]
-        self.image = torch.cat(queries)
-        return super().loss_masks(masks, labels, indices, num_masks)
+def official(monkeypatch, *arguments):
+    return mask2former_loss(monkeypatch, *arguments, N, WEIGHTS, NO_OBJECT)
 
 
-def centres(pixels):
-    x, y = pixels % SHAPE[1], pixels // SHAPE[1]
-    return torch.stack(((x + .5) / SHAPE[1], (y + .5) / SHAPE[0]), -1)
-
-
-def official(monkeypatch, classes, masks, labels, pools):
-    """-> the library's loss, its matches (layer, image, query, class). pools: {points: pixels per
-    image, one tensor each}, which stand in for the library's random draws."""
-    config = SimpleNamespace(
-        num_labels=CLASSES, no_object_weight=NO_OBJECT, train_num_points=N, oversample_ratio=3.,
-        importance_sample_ratio=.75, class_weight=WEIGHTS[0], mask_weight=WEIGHTS[1],
-        dice_weight=WEIGHTS[2])
-    loss, matches, images = Official(config, {}), [], cycle(range(len(labels)))
-
-    def rand(boxes, n, _, device):
-        if n == N:                              # the matcher draws for one image after another
-            return centres(pools[n][next(images)])[None]
-        return torch.stack([centres(pools[n][image]) for image in loss.image.tolist()])
-
-    targets = [label.unique() for label in labels]
-    targets = [ids[ids != IGNORE] for ids in targets]
-    truth = [(label == ids[:, None, None]).float() for label, ids in zip(labels, targets)]
-    forward = loss.matcher.forward
-
-    def remember(*arguments):
-        found = forward(*arguments)
-        layer = len(matches)
-        matches.append([(layer, image, q, targets[image][k].item())
-                        for image, (queries, ids) in enumerate(found)
-                        for q, k in zip(queries.tolist(), ids.tolist())])
-        return found
-    monkeypatch.setattr(torch, "rand", rand)
-    monkeypatch.setattr(loss.matcher, "forward", remember)
-    *others, last = [{"masks_queries_logits": m, "class_queries_logits": c}
-                     for c, m in zip(classes, masks)]
-    terms = loss(**last, mask_labels=truth, class_labels=targets, auxiliary_predictions=others)
-    monkeypatch.undo()
-    names = ("loss_cross_entropy", "loss_mask", "loss_dice")
-    sums = [sum(v for k, v in terms.items() if k.startswith(name)) for name in names]
-    total = sum(weight * term for weight, term in zip(WEIGHTS, sums))
-    return total, matches, [term.item() for term in sums]
-
-
-def ours(monkeypatch, classes, masks, labels, pools, **options):
+def draw_from(monkeypatch, pools):
+    """torch.randint gives the pixels of the pool that has as many."""
     def randint(high, size, device):
         assert high == SHAPE[0] * SHAPE[1]
         return torch.stack(pools[size[1]])
     monkeypatch.setattr(torch, "randint", randint)
+
+
+def ours(monkeypatch, classes, masks, labels, pools, **options):
+    draw_from(monkeypatch, pools)
     found = stage.mask_loss(classes, masks, labels, N, WEIGHTS, NO_OBJECT, **options)
     monkeypatch.undo()
     return found
 
 
-def predictions(images, queries=QUERIES):
+def predictions(images):
     generator = torch.Generator().manual_seed(3)
-    classes = torch.randn(LAYERS, images, queries, CLASSES + 1, generator=generator)
-    masks = 3 * torch.randn(LAYERS, images, queries, *COARSE, generator=generator)
-    return classes, masks
+    classes = torch.randn(LAYERS, images, QUERIES, CLASSES + 1, generator=generator)
+    return classes, 3 * torch.randn(LAYERS, images, QUERIES, *COARSE, generator=generator)
 
 
-def pieces(*class_sets):
-    """Labels (B, H, W) of blocks of 8 x 8 pixels, each of a random class of the image's set."""
-    random, labels = np.random.default_rng(4), []
-    for ids in class_sets:
-        block = np.resize(random.permutation(np.resize(ids, 24)), (4, 6))
-        labels.append(torch.from_numpy(np.kron(block, np.ones((8, 8), np.int64))))
-    return torch.stack(labels)
+FOUR = [0, 1, 2, 3, 4, 5], [2], [5, 1, 3], [0, 4]
 
 
 def random_pools(images):
     """Pixels for matching, candidates, and the random quarter, for each image."""
     generator = torch.Generator().manual_seed(5)
-    draws = [torch.randint(SHAPE[0] * SHAPE[1], (images, n), generator=generator)
-             for n in (N, 3 * N, N // 4)]
-    return {draw.shape[1]: list(draw) for draw in draws}
+    return {n: list(torch.randint(SHAPE[0] * SHAPE[1], (images, n), generator=generator))
+            for n in (N, 3 * N, N // 4)}
 
 
 def gradients(loss, *tensors):
@@ -119,11 +65,10 @@ def assert_equal(theirs, mine, loss, terms):
 
 @pytest.mark.parametrize("unlabelled", ["ignore", "negative"])
 def test_loss_and_gradients_equal_mask2formers(monkeypatch, unlabelled):
-    labels = pieces([0, 1, 2, 3, 4, 5], [2], [5, 1, 3], [0, 4])
+    labels = pieces(*FOUR)
     if unlabelled == "negative":                        # IGNORE belongs to no mask
         labels[0, 20:], labels[2, :, 10:30] = IGNORE, IGNORE
-    mine = [part.requires_grad_() for part in predictions(len(labels))]
-    pools = random_pools(len(labels))
+    mine, pools = [part.requires_grad_() for part in predictions(4)], random_pools(4)
     theirs = official(monkeypatch, *mine, labels, pools)
     loss, terms = ours(monkeypatch, *mine, labels, pools, unlabelled=unlabelled)
     assert_equal(theirs, mine, loss, terms)
@@ -138,11 +83,9 @@ def assert_same_matches(found, matches):
 
 
 def test_matches_equal_the_hungarian_matchers(monkeypatch):
-    labels = pieces([0, 1, 2, 3, 4, 5], [2], [5, 1, 3], [0, 4])
-    classes, masks = predictions(len(labels))
-    pools = random_pools(len(labels))
-    _, matches, _ = official(monkeypatch, classes, masks, labels, pools)
-    found = stage.match(classes, masks, labels, torch.stack(pools[N]), WEIGHTS)
+    labels, mine, pools = pieces(*FOUR), predictions(4), random_pools(4)
+    _, matches, _ = official(monkeypatch, *mine, labels, pools)
+    found = stage.match(*mine, labels, torch.stack(pools[N]), WEIGHTS)
     assert_same_matches(found, matches)
     assert found.shape[1] == LAYERS * 12
 
@@ -150,20 +93,16 @@ def test_matches_equal_the_hungarian_matchers(monkeypatch):
 def with_unknown_stripe():
     """Labels whose last 8 rows are IGNORE, and masks of which the last two lie there alone. Pools
     for us, and for the library without pixels of IGNORE."""
-    labels = pieces([0, 1, 2, 3, 4, 5], [5, 1, 3])
+    labels, (classes, masks), pools = pieces(*FOUR[::2]), predictions(2), random_pools(2)
     labels[:, 24:] = IGNORE
-    classes, masks = predictions(len(labels))
     masks[:, :, -2:] = -60                  # too wrong on labelled pixels to be matched
     masks[:, :, -2:, 6:] = 9
     masks[..., 0, 0] = 40                   # the mask is sure here: never among the uncertain
     known = labels.flatten(1) != IGNORE
-    pools = random_pools(len(labels))
-    others = [torch.where(torch.arange(N // 4) < 5, 24 * 48 + drawn % 300, drawn % (24 * 48))
-              for drawn in pools[N // 4]]               # five of IGNORE in each image
-    pools[N // 4] = others
-    theirs = {N: [drawn[k[drawn]] for drawn, k in zip(pools[N], known)],
-              N // 4: [drawn[k[drawn]] for drawn, k in zip(others, known)],
-              3 * N: [drawn.where(k[drawn], 0) for drawn, k in zip(pools[3 * N], known)]}
+    pools[N // 4] = [torch.where(torch.arange(N // 4) < 5, 24 * 48 + drawn % 300, drawn % (24 * 48))
+                     for drawn in pools[N // 4]]        # five of IGNORE in each image
+    theirs = {n: [drawn[k[drawn]] for drawn, k in zip(pools[n], known)] for n in (N, N // 4)}
+    theirs[3 * N] = [drawn.where(k[drawn], 0) for drawn, k in zip(pools[3 * N], known)]
     return labels, classes, masks, pools, theirs
 
 
@@ -185,9 +124,7 @@ def test_with_ignore_the_loss_is_mask2formers_on_the_labelled_pixels(monkeypatch
 
 
 def test_an_image_of_ignore_alone_changes_nothing_for_the_others(monkeypatch):
-    labels = pieces([0, 1, 2, 3, 4, 5], [5, 1, 3])
-    classes, masks = predictions(3)
-    pools = random_pools(3)
+    labels, (classes, masks), pools = pieces(*FOUR[::2]), predictions(3), random_pools(3)
     wanted, _, _ = official(monkeypatch, classes[:, :2], masks[:, :2], labels, pools)
     nothing = torch.full((1, *SHAPE), IGNORE)
     loss, _ = ours(monkeypatch, classes, masks, torch.cat((labels, nothing)), pools)
@@ -195,15 +132,12 @@ def test_an_image_of_ignore_alone_changes_nothing_for_the_others(monkeypatch):
 
 
 def test_uncertain_points_are_the_least_sure_of_the_candidates_and_never_ignored(monkeypatch):
-    labels = pieces([0, 1], [2])
+    labels, masks, pools = pieces([0, 1], [2]), predictions(2)[1][0, :, 0], random_pools(2)
     labels[0, 16:] = IGNORE
-    masks, pools = predictions(2)[1][0, :, 0], random_pools(2)
-    image = torch.tensor([0, 1])
-    monkeypatch.setattr(torch, "randint", lambda high, size, device: torch.stack(pools[size[1]]))
-    points = stage.uncertain_points(masks, labels, image, N)
-    monkeypatch.undo()
+    draw_from(monkeypatch, pools)
+    points = stage.uncertain_points(masks, labels, torch.tensor([0, 1]), N)
     assert points.shape == (2, N)
-    grid = centres(torch.arange(SHAPE[0] * SHAPE[1]))
+    grid = centres(torch.arange(SHAPE[0] * SHAPE[1]), SHAPE)
     for k in range(2):
         large = library.sample_point(masks[k][None, None], grid[None], align_corners=False)[0, 0]
         candidates = pools[3 * N][k]
@@ -216,75 +150,13 @@ def test_uncertain_points_are_the_least_sure_of_the_candidates_and_never_ignored
 
 
 # ------------------------------------------------------------ by hand
-LABEL = torch.zeros(16, 16, dtype=torch.int64)
-LABEL[:, 8:], LABEL[:4] = 1, 2
-
-
-def drawing(label, classes, queries, sure=10.):
-    """Logits (1, 1, Q, 4) and (1, 1, Q, h, w): query q draws class classes[q], the rest nothing."""
-    c = torch.full((1, 1, queries, 4), -sure)
-    m = torch.full((1, 1, queries, *label.shape), -sure)
-    c[..., 3] = sure
-    for q, cls in enumerate(classes):
-        c[0, 0, q] = -sure
-        c[0, 0, q, cls] = sure
-        m[0, 0, q] = torch.where(label == cls, sure, -sure)
-    return c, m
-
-
-def loss_of(c, m, label, unlabelled="ignore"):
-    torch.manual_seed(0)
-    return stage.mask_loss(c, m, label[None], 64, WEIGHTS, NO_OBJECT, unlabelled)
-
-
-def test_a_perfect_prediction_costs_nothing_and_a_wrong_one_much():
-    right, _ = loss_of(*drawing(LABEL, [2, 0, 1], 5), LABEL)
-    wrong, _ = loss_of(*drawing(LABEL.flip(0), [2, 0, 1], 5), LABEL)
-    assert right < .05 and wrong > 1
-
-
-def test_each_class_is_matched_to_the_query_that_draws_it():
-    everywhere = torch.arange(256)[None]
-    c, m = drawing(LABEL, [2, 0, 1], 5)
-    found = stage.match(c, m, LABEL[None], everywhere, WEIGHTS)
-    assert sorted(found.T.tolist()) == [[0, 0, 0, 2], [0, 0, 1, 0], [0, 0, 2, 1]]
-
-
-def test_nothing_but_ignore_teaches_nothing():
-    c, m = (part.requires_grad_() for part in drawing(LABEL, [2, 0, 1], 5, 2.))
-    nothing = torch.full_like(LABEL, IGNORE)
-    loss, _ = loss_of(c, m, nothing)
-    of_class, of_mask = gradients(loss, c, m)
-    assert loss == 0 and of_class.abs().max() == 0 and of_mask.abs().max() == 0
-    loss, _ = loss_of(c, m, nothing, "negative")        # as a picture without a component
+@pytest.mark.parametrize("unlabelled", ["ignore", "negative"])
+def test_nothing_but_ignore_teaches_nothing(monkeypatch, unlabelled):
+    mine = [part.requires_grad_() for part in predictions(1)]
+    nothing = torch.full((1, *SHAPE), IGNORE)
+    loss, _ = ours(monkeypatch, *mine, nothing, random_pools(1), unlabelled=unlabelled)
     assert loss == 0
-
-
-def test_a_query_that_lies_on_ignored_pixels_is_not_taught_no_object():
-    label = LABEL.clone()
-    label[8:] = IGNORE
-    c, m = drawing(LABEL, [2, 0, 1], 5, 2.)
-    m[0, 0, 3, :8] = 2.                                 # query 3 draws known pixels,
-    m[0, 0, 4, 8:] = 2.                                 # query 4 unknown ones
-    c.requires_grad_()
-    taught, = gradients(loss_of(c, m, label)[0], c)
-    assert taught[0, 0, 3].abs().max() > 0 and taught[0, 0, 4].abs().max() == 0
-    taught, = gradients(loss_of(c, m, label, "negative")[0], c)
-    assert taught[0, 0, 4].abs().max() > 0              # officially: what nobody claims is none
-
-
-def test_unmatched_queries_learn_no_object_with_a_tenth_of_the_weight():
-    c, m = torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 16, 16)
-    c[..., 0] = 5.              # all three are sure of class 0: right for one, wrong for two
-    _, terms = loss_of(c, m, torch.zeros_like(LABEL))
-    right, _, _, wrong = -c[0, 0, 0].log_softmax(0)
-    assert abs(terms["class"] - (right + .2 * wrong) / 1.2) < 1e-5
-
-
-def test_pixels_are_read_at_their_centres():
-    image = torch.arange(12.).reshape(1, 1, 3, 4)
-    values = stage.sample(image, torch.tensor([[0, 5, 11]]), (3, 4))
-    assert torch.allclose(values, torch.tensor([[[0., 5., 11.]]]), atol=1e-4)
+    assert all(found.abs().max() == 0 for found in gradients(loss, *mine))
 
 
 def test_a_broken_network_shows_in_the_loss_not_in_the_matching():
@@ -292,14 +164,6 @@ def test_a_broken_network_shows_in_the_loss_not_in_the_matching():
     labels = torch.zeros(1, 16, 16, dtype=torch.int64)
     loss, _ = stage.mask_loss(classes, masks, labels, 32, WEIGHTS, NO_OBJECT)
     assert torch.isnan(loss)
-
-
-def test_decoder_shapes_at_any_size():
-    decoder = stage.Decoder([8, 16, 24, 32], 5, 32, queries=7, layers=4, width=48, pixel_layers=2)
-    for h, w in ((64, 96), (32, 160)):
-        sizes = zip((8, 16, 24, 32), (4, 8, 16, 32))
-        classes, masks = decoder([torch.randn(2, c, h // s, w // s) for c, s in sizes])
-        assert classes.shape == (5, 2, 7, 6) and masks.shape == (5, 2, 7, h // 4, w // 4)
 
 
 @torch.no_grad()

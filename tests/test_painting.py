@@ -10,8 +10,8 @@ from PIL import Image
 
 import common
 from conftest import fresh
-from references import (BETAS, DIFFUSION, PROMPTS, FakePipeline, Job, WithoutGuidance, scheduler,
-                        tiny_sd, tiny_sd3)
+from standins import (BETAS, DIFFUSION, PROMPTS, FakePipeline, Job, WithoutGuidance, scheduler,
+                      tiny_sd, tiny_sd3)
 
 
 def load(folder, **constants):

@@ -1,5 +1,5 @@
 """The five real scripts, in order, on the real miniatures: what they leave behind, that they do
-nothing twice, and that neither a kill nor the number of processes changes the result."""
+nothing twice, and that a kill does not change the result."""
 import json
 import re
 import shutil
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -15,49 +16,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from references import RESULT, TRAINING, SmallRun, count, decided, equal, same
+from safetensors.torch import load_file
 
 import common
-from conftest import ROOT, SMALL, environment, here
-
-RESULT = {"01_prompts": "prompts.txt", "02_generate": "index.jsonl",
-          "03_train_source": "model.safetensors", "04_selftrain": "model.safetensors",
-          "05_eval": "results.json"}
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def same_weights(a, b):
-    one, other = load_file(a), load_file(b)
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-
-
-def same_pictures(a, b):
-    names = [row["file"] for row in lines(a / "index.jsonl")]
-    return all(np.array_equal(Image.open(a / name), Image.open(b / name)) for name in names)
-
-
-def scores(folder):
-    rows = json.loads((folder / "results.json").read_text())["rows"]
-    return [[target["iou"] for target in row["targets"].values()] for row in rows]
-
-
-def same(stage, a, b):
-    """Whether two run folders hold the same result of a stage, bit for bit."""
-    a, b, result = a / stage, b / stage, RESULT[stage]
-    if stage == "05_eval":
-        return scores(a) == scores(b)
-    if stage == "03_train_source":
-        return same_weights(a / result, b / result)
-    if stage == "04_selftrain":
-        names = result, "teacher.safetensors"
-        return all(same_weights(a / name, b / name) for name in names)
-    if stage == "02_generate" and not same_pictures(a, b):
-        return False
-    return (a / result).read_bytes() == (b / result).read_bytes()
+from common import read_lines
+from conftest import ROOT, SMALL, environment, here, stop_at_the_checkpoint
 
 
 def beside(whole, run, without):
@@ -69,18 +33,18 @@ def beside(whole, run, without):
     return run
 
 
-def begin(stage, *arguments, run, data):
-    """The real script, started -> Popen"""
+def begin(stage, *arguments, run, data, until):
+    """The real script, started, as soon as a file of this pattern is there -> Popen"""
     command = [sys.executable, ROOT / f"{stage}.py", *SMALL[stage], *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(run, data), text=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def wait_for(process, folder, pattern):
-    """Until a file of this pattern is there."""
-    while not list(folder.glob(pattern)):
-        assert process.poll() is None, f"{pattern} did not come: {process.stderr.read()}"
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(run, data), text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.time() + 300
+    while not list((run / stage).glob(until)):
+        if process.poll() is not None or time.time() > deadline:
+            process.kill()
+            pytest.fail(f"{until} did not come: {process.communicate(timeout=60)[1]}")
         time.sleep(.005)
+    return process
 
 
 # ---------------------------------------------------------------------------- what they leave
@@ -88,7 +52,7 @@ def test_every_stage_leaves_its_result_and_a_record(finished):
     run, _ = finished
     for stage, result in RESULT.items():
         assert (run / stage / result).exists()
-        record, = lines(run / stage / "run.json")
+        record, = read_lines(run / stage / "run.json")
         assert record["stage"] == stage and record["preset"] == "toy"
         assert record["wall_seconds"] > 0 and record["gpu_memory_gb"] >= 0
         assert record["versions"]["torch"] == torch.__version__.partition("+")[0]
@@ -101,9 +65,8 @@ def test_prompts_are_distinct_and_the_index_knows_prompt_and_seed_of_every_pictu
     prompts = (run / "01_prompts/prompts.txt").read_text().splitlines()
     assert len(set(prompts)) == 14
     assert all(re.fullmatch(r"a photo of .+ in .+", prompt) for prompt in prompts)
-    index = lines(run / "02_generate/index.jsonl")
-    assert [row["seed"] for row in index] == list(range(6))
-    assert [row["prompt"] for row in index] == prompts[:6]
+    index = read_lines(run / "02_generate/index.jsonl")
+    assert [(row["seed"], row["prompt"]) for row in index] == list(enumerate(prompts[:6]))
     assert Image.open(run / "02_generate" / index[3]["file"]).size == (256, 128)
 
 
@@ -111,13 +74,18 @@ def test_prompts_are_distinct_and_the_index_knows_prompt_and_seed_of_every_pictu
     ("03_train_source", 8, {"loss", "class", "mask", "dice", "norm", "seconds", "wait"}),
     ("04_selftrain", 6, {"loss", "labelled", "changed", "prompts", "seconds", "wait"})])
 def test_the_log_has_every_step_once(finished, stage, steps, columns):
-    run, _ = finished
-    rows = lines(run / stage / "log.jsonl")
+    folder = finished[0] / stage
+    rows = read_lines(folder / "log.jsonl", *columns)
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
-    assert all(columns <= set(row) for row in rows)
     assert all(np.isfinite(list(row.values())).all() for row in rows)
-    pictures = [f"preview_{steps // 2:06d}.png", f"preview_{steps:06d}.png", "loss.png"]
-    assert all(Image.open(run / stage / name).width > 500 for name in pictures)
+    for name in (f"preview_{steps // 2:06d}.png", f"preview_{steps:06d}.png", "loss.png"):
+        assert Image.open(folder / name).width > 500
+
+
+def test_a_frozen_encoder_does_not_travel(finished):
+    for stage in TRAINING:
+        names = load_file(finished[0] / stage / "model.safetensors")
+        assert {name.partition(".")[0] for name in names} == {"decoder"}
 
 
 def test_the_table_has_a_row_per_checkpoint_and_a_column_per_style(finished):
@@ -135,10 +103,10 @@ def test_the_table_has_a_row_per_checkpoint_and_a_column_per_style(finished):
 
 # ---------------------------------------------------------------------------- nothing twice
 @pytest.mark.parametrize("stage", RESULT)
-def test_a_finished_stage_says_so(finished, data, stage, start, capsys):
-    run, _ = finished
+def test_a_finished_stage_says_so(finished, stage, start, capsys):
+    run, more = finished[0], ["--SAM_CHUNK=8"] * (stage == "04_selftrain")      # may change
     before = (run / stage / RESULT[stage]).stat().st_mtime_ns
-    assert start(stage, *SMALL[stage], run=run) is None
+    assert start(stage, *SMALL[stage], *more, run=run) is None
     output = capsys.readouterr().out
     if stage == "05_eval":          # looks for new checkpoints and prints the table again
         assert " images\n" not in output and "| 04_selftrain |" in output
@@ -154,56 +122,38 @@ def test_a_finished_stage_says_so(finished, data, stage, start, capsys):
     ("05_eval", "confusion/03*night*.npy")])
 def test_a_killed_stage_ends_in_the_same_result(finished, data, tmp_path, stage, sign, start,
                                                 capsys):
-    whole, _ = finished
-    run = beside(whole, tmp_path / "run", stage)
-    process = begin(stage, run=run, data=data)
-    wait_for(process, run / stage, sign)
+    run = beside(finished[0], tmp_path / "run", stage)
+    process = begin(stage, run=run, data=data, until=sign)
     process.kill()
-    process.wait()
+    process.wait(timeout=60)
     assert not (run / stage / RESULT[stage]).exists(), "expected to kill it while it works"
-    more = []
-    if stage in ("03_train_source", "04_selftrain"):
-        more = ["--PREVIEW_EVERY=100"]          # and previews do not change the result
+    more = ["--PREVIEW_EVERY=100"] * (stage in TRAINING)    # and previews do not change the result
     assert start(stage, *SMALL[stage], *more, run=run) is None
-    assert same(stage, whole, run)
-    if more:
+    assert same(stage, finished[0], run)
+    if stage in TRAINING:
         assert "resuming at step" in capsys.readouterr().out
-        steps = [row["step"] for row in lines(run / stage / "log.jsonl")]
+        steps = [row["step"] for row in read_lines(run / stage / "log.jsonl")]
         assert steps == list(range(1, len(steps) + 1))
 
 
 def test_source_only_is_the_control_with_as_many_steps(finished, tmp_path, start):
-    whole, _ = finished
-    out = f"--OUT={tmp_path}/control"
-    assert start("04_selftrain", *SMALL["04_selftrain"], "--N_GENERATED=0", out, run=whole) is None
-    rows = lines(tmp_path / "control/log.jsonl")
-    assert rows[-1]["step"] == 6 and "labelled" not in rows[-1]
+    arguments = *SMALL["04_selftrain"], "--N_GENERATED=0", f"--OUT={tmp_path}/control"
+    assert start("04_selftrain", *arguments, run=finished[0]) is None
+    last = read_lines(tmp_path / "control/log.jsonl")[-1]
+    assert last["step"] == 6 and "labelled" not in last
     assert (tmp_path / "control/model.safetensors").exists()
 
 
 # ---------------------------------------------------------------------------- stopped runs
 @pytest.mark.slow
 def test_sigterm_ends_as_ctrl_c(data, tmp_path):
-    process = begin("03_train_source", "--WORKERS=2", run=tmp_path, data=data)
-    wait_for(process, tmp_path / "03_train_source", "checkpoint.pt")
+    process = begin("03_train_source", "--WORKERS=2", run=tmp_path, data=data,
+                    until="checkpoint.pt")
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate()
+    _, stderr = process.communicate(timeout=300)
     message = "03_train_source.py: stopped. The same command resumes from what was saved"
     assert process.returncode == 1
     assert message in stderr.splitlines()       # the queue of a worker may speak, too
-
-
-def stop_at_the_checkpoint(stage, *arguments, run, data):
-    """The stage in this process, interrupted as soon as its first checkpoint is there."""
-    replace = common.os.replace
-
-    def interrupt(part, path):
-        replace(part, path)
-        if Path(path).name == "checkpoint.pt":
-            raise KeyboardInterrupt
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.os, "replace", interrupt)
-        assert "stopped" in here(stage, *arguments, run=run, data=data)
 
 
 @pytest.fixture(scope="module")
@@ -226,17 +176,6 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(stopped, say, tmp_path):
     assert path.read_bytes() == content
 
 
-def test_self_training_does_not_go_on_with_more_or_fewer_pictures(finished, tmp_path, start, say,
-                                                                  capsys):
-    run = shutil.copytree(finished[0], tmp_path / "run")
-    assert start("04_selftrain", *SMALL["04_selftrain"], "--SAM_CHUNK=8", run=run) is None
-    assert "finished before" in capsys.readouterr().out
-    index = run / "02_generate/index.jsonl"
-    index.write_text("".join(index.read_text().splitlines(keepends=True)[:5]))
-    message = say("04_selftrain", *SMALL["04_selftrain"], run=run)
-    assert "was made with painted pictures=6 files" in message
-
-
 def test_a_checkpoint_of_other_constants_is_refused(stopped, say, tmp_path):
     run = shutil.copytree(stopped, tmp_path / "run")
     record = run / "03_train_source/run.json"
@@ -245,20 +184,8 @@ def test_a_checkpoint_of_other_constants_is_refused(stopped, say, tmp_path):
     assert "was made with LR=0.0015 (now 0.0001)" in message and "\n" not in message
 
 
-class SmallRun:
-    """As much of common.Run as a checkpoint needs."""
-    constants = {"LR": 1}
-
-    def __init__(self, out):
-        self.out = out
-
-    def compare(self, earlier):
-        assert earlier["LR"] == 1
-
-
-def resumed(folder, module, total=8):
-    progress = import_module("03_train_source").Progress
-    return progress(SmallRun(folder), {"module": module}, total)
+def resumed(folder, module):
+    return import_module("03_train_source").Progress(SmallRun(folder), {"module": module}, 8)
 
 
 def test_a_checkpoint_gives_back_what_was_saved(tmp_path):
@@ -270,34 +197,27 @@ def test_a_checkpoint_gives_back_what_was_saved(tmp_path):
     assert torch.equal(saved.weight, loaded.weight)
 
 
-def refuses(folder, write):
-    """Assert that a checkpoint which write(path, state) makes stops the run with one line."""
-    path, module = folder / "checkpoint.pt", torch.nn.Linear(2, 2)
-    resumed(folder, module).save(3)
-    state = torch.load(path)
-    path.unlink()
-    write(path, state)
-    with pytest.raises(common.Stop, match="checkpoint.pt") as stopped:
-        resumed(folder, module)
-    assert "remove it to begin again" in str(stopped.value) and path.exists()
-
-
-@pytest.mark.parametrize("change", [
-    {"step": 8}, {"step": 0}, {"step": "3"}, {"step": None}, {"module": {}},
-    {"module": {"weight": torch.full((2, 2), torch.nan), "bias": torch.zeros(2)}},
-    {"path": Path("a")}])
-def test_a_checkpoint_with_something_else_in_it_is_refused(tmp_path, change):
-    refuses(tmp_path, lambda path, state: torch.save(state | change, path))
+NAN = {"weight": torch.full((2, 2), torch.nan), "bias": torch.zeros(2)}
 
 
 @pytest.mark.parametrize("write", [
-    lambda path, state: path.write_bytes(b""),
-    lambda path, state: path.write_bytes(b"half way"),
-    lambda path, state: torch.save([1, 2], path),
-    lambda path, state: torch.save({"step": 3}, path),
-    lambda path, state: path.mkdir()])
+    {"step": 8}, {"step": 0}, {"step": "3"}, {"step": None}, {"module": {}}, {"module": NAN},
+    {"path": Path("a")},
+    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"half way"),
+    lambda path: torch.save([1, 2], path), lambda path: torch.save({"step": 3}, path),
+    lambda path: path.mkdir()])
 def test_a_checkpoint_that_is_something_else_is_refused(tmp_path, write):
-    refuses(tmp_path, write)
+    path, module = tmp_path / "checkpoint.pt", torch.nn.Linear(2, 2)
+    resumed(tmp_path, module).save(3)
+    state = torch.load(path)
+    path.unlink()
+    if callable(write):
+        write(path)
+    else:
+        torch.save(state | write, path)
+    with pytest.raises(common.Stop, match="checkpoint.pt") as stopped:
+        resumed(tmp_path, module)
+    assert "remove it to begin again" in str(stopped.value) and path.exists()
 
 
 @pytest.mark.parametrize("log_every", [1, 1000])
@@ -312,6 +232,17 @@ def test_a_loss_that_is_not_a_number_keeps_an_earlier_checkpoint(say, tmp_path, 
     assert 0 < state["step"] < int(re.search(r"step (\d+)", message)[1])
     assert all(tensor.isfinite().all() for tensor in state["network"].values())
     assert not (out / "model.safetensors").exists()
+
+
+def test_an_error_in_a_worker_is_a_message_that_names_the_file(folder, say, tmp_path, capfd):
+    name = folder({"a": np.zeros((64, 64, 3))}, {"a": np.zeros((64, 64))})
+    path = tmp_path / "own/images/a.png"
+    path.write_bytes(path.read_bytes()[:-20])
+    message = say("03_train_source", f"--SOURCE={name}", "--WORKERS=2", "--BATCH=2")
+    problem, remedy = message.splitlines()
+    assert problem.startswith(f"03_train_source.py: {path} cannot be read as a picture")
+    assert remedy.startswith("  it is damaged or no picture")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------------------- trainable encoder
@@ -331,13 +262,8 @@ def trained(finished, data, tmp_path_factory):
 
 
 def encoder_of(path):
-    start = "encoder."
-    return {k[len(start):]: v for k, v in load_file(path).items() if k.startswith(start)}
-
-
-def equal(one, other):
-    assert one.keys() == other.keys()
-    return all(torch.equal(one[k], other[k]) for k in one)
+    named = load_file(path).items()
+    return {k.removeprefix("encoder."): v for k, v in named if k.startswith("encoder.")}
 
 
 def original():
@@ -345,25 +271,20 @@ def original():
     return import_module("03_train_source").Encoder(f"open_clip:local-dir:{common.MINIATURES}/clip")
 
 
-def test_a_frozen_encoder_does_not_travel(finished):
-    for stage in ("03_train_source", "04_selftrain"):
-        names = load_file(finished[0] / stage / "model.safetensors")
-        assert {name.partition(".")[0] for name in names} == {"decoder"}
+def distance(one, other):
+    return sum((one[k].double() - other[k]).abs().sum().item() for k in one if "num_" not in k)
 
 
 def test_04_goes_on_training_the_encoder_that_03_trained(trained):
     first = encoder_of(trained / "03_train_source/model.safetensors")
     student = encoder_of(trained / "04_selftrain/model.safetensors")
     teacher = encoder_of(trained / "04_selftrain/teacher.safetensors")
-    assert not equal(first, original().state_dict()) and not equal(student, first)
-    record, = lines(trained / "04_selftrain/run.json")
+    assert first.keys() == student.keys() == teacher.keys() == original().state_dict().keys()
+    assert not equal(first, original().state_dict())
+    record, = read_lines(trained / "04_selftrain/run.json")
     assert record["constants"]["FREEZE_ENCODER"] is False
     # the teacher lies between theta_0 and the student
     assert 0 < distance(teacher, first) < distance(student, first)
-
-
-def distance(one, other):
-    return sum((one[k].double() - other[k]).abs().sum().item() for k in one if "num_" not in k)
 
 
 def test_04_goes_on_with_both_encoders_where_it_was_stopped(trained, data, tmp_path):
@@ -390,91 +311,7 @@ def test_05_scores_the_encoder_that_was_trained(trained, data, tmp_path, start):
     counted = []
     for weights in (encoder_of(file), original().state_dict()):
         encoder.load_state_dict(weights)
-        counted.append(count(encoder, decoder, common.pairs(target, "val")))
+        predict = partial(source_stage.predict, encoder, decoder)
+        counted.append(count(predict, common.pairs(target, "val")))
     confusion = np.load(tmp_path / "run/05_eval" / row["targets"][target]["confusion"])
     assert np.array_equal(confusion, counted[0]) and not np.array_equal(confusion, counted[1])
-
-
-def decided(path, out):
-    """A network whose few steps of training left it undecided, with larger logits -> out"""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    for name in ("class_head.weight", "mask_head.4.weight"):
-        tensors[f"decoder.{name}"] *= 100
-    save_file(tensors, out, metadata=metadata)
-    return out
-
-
-def count(encoder, decoder, pairs):
-    """Pixel counts of [true class, predicted class]"""
-    counts = np.zeros((12, 12), int)
-    for image, label in pairs:
-        pixels = torch.from_numpy(np.array(common.read_image(image))).permute(2, 0, 1)[None]
-        scores = import_module("03_train_source").predict(encoder, decoder, pixels)
-        truth = np.asarray(Image.open(label))
-        np.add.at(counts, (truth.ravel(), scores.argmax(1).numpy().ravel()), 1)
-    return counts
-
-
-# ---------------------------------------------------------------------------- processes, workers
-def torchrun(stage, *arguments, run, data):
-    """The real script in two processes, which meet on the loopback address and not under the
-    machine's name, which may be known nowhere -> CompletedProcess"""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-               "--local-addr=127.0.0.1", ROOT / f"{stage}.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
-                          env=environment(run, data))
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_model_like_one_process(data, folder, tmp_path, start):
-    # one picture, so that the losses of both processes differ by nothing but their random numbers
-    image, label = common.pairs(f"folder:{data}/toy/game_train", "train")[0]
-    source = folder({"a": np.asarray(Image.open(image))}, {"a": np.asarray(Image.open(label))})
-    arguments = (f"--SOURCE={source}", "--SCALE=1,1", "--CROP=128,256", "--ITERATIONS=4",
-                 "--BATCH=4", "--POINTS=2048", "--LOG_EVERY=1", "--SAVE_EVERY=2", "--WARMUP=0")
-    done = torchrun("03_train_source", *arguments, run=tmp_path / "two", data=data)
-    assert done.returncode == 0, done.stderr
-    assert start("03_train_source", *arguments, run=tmp_path / "one") is None
-    out = tmp_path / "two/03_train_source"
-    assert not list(out.glob("*.part")) and not (out / "checkpoint.pt").exists()
-    two, one = lines(out / "log.jsonl"), lines(tmp_path / "one/03_train_source/log.jsonl")
-    assert [row["step"] for row in two] == [row["step"] for row in one] == [1, 2, 3, 4]
-    for a, b in zip(one, two):
-        assert abs(a["loss"] - b["loss"]) < .03 * a["loss"]
-    assert one[0]["loss"] - one[3]["loss"] > .1 * one[0]["loss"]        # there is something to miss
-    one = load_file(tmp_path / "one/03_train_source/model.safetensors")
-    assert one.keys() == load_file(out / "model.safetensors").keys()
-
-
-@pytest.mark.slow
-def test_two_processes_share_gradients_and_means(data, tmp_path):
-    """They leave together: the one that hangs up first would cut off what the other still reads."""
-    (tmp_path / "pair.py").write_text(f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from importlib import import_module
-import torch
-import common
-stage = import_module("03_train_source")
-layer = torch.nn.Linear(1, 1, bias=False)
-module = stage.distributed(layer)
-module(torch.tensor([[1. + common.RANK]])).backward()
-assert layer.weight.grad == 1.5 and stage.mean_of_processes(common.RANK) == .5
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-""")
-    done = torchrun(tmp_path / "pair", run=tmp_path / "run", data=data)
-    assert done.returncode == 0, done.stderr
-
-
-def test_an_error_in_a_worker_is_a_message_that_names_the_file(folder, say, tmp_path, capfd):
-    name = folder({"a": np.zeros((64, 64, 3))}, {"a": np.zeros((64, 64))})
-    path = tmp_path / "own/images/a.png"
-    path.write_bytes(path.read_bytes()[:-20])
-    message = say("03_train_source", f"--SOURCE={name}", "--WORKERS=2", "--BATCH=2")
-    problem, remedy = message.splitlines()
-    assert problem.startswith(f"03_train_source.py: {path} cannot be read as a picture")
-    assert remedy.startswith("  it is damaged or no picture")
-    assert "Traceback" not in capfd.readouterr().err

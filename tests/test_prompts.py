@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import common
 from conftest import fresh
-from references import FakeLLM, run_main
+from standins import FakeLLM, run_main
 
 stage = fresh("01_prompts")
 TABLE = stage.word_table(stage.WORDS)

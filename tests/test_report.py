@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import types
 
 import ideas
 import numpy as np
@@ -16,6 +15,7 @@ import scores
 import torch
 import world
 from PIL import Image
+from references import PerfectSam
 
 import common
 from common import IGNORE
@@ -24,10 +24,8 @@ from conftest import ROOT, environment, fresh
 
 def row_of(*values):
     """A row of results.json whose seeds 0, 1, ... have these values for every style and class."""
-    found = {}
-    for seed, value in enumerate(values):
-        found[str(seed)] = {s: {"miou": value, "iou": [value] * 12} for s in report.STYLES}
-    return found
+    return {str(seed): dict.fromkeys(report.STYLES, {"miou": value, "iou": [value] * 12})
+            for seed, value in enumerate(values)}
 
 
 @pytest.fixture
@@ -36,6 +34,12 @@ def selftrain():
     stage = fresh("04_selftrain")
     stage.source_stage = fresh("03_train_source")
     return stage
+
+
+def write_log(folder, losses):
+    folder.mkdir(parents=True)
+    rows = [json.dumps({"step": 20 * i, "loss": loss}) for i, loss in enumerate(losses, 1)]
+    (folder / "log.jsonl").write_text("\n".join(rows))
 
 
 # ------------------------------------------------------------------- tables and figures
@@ -69,10 +73,8 @@ def test_numbers_of_an_earlier_commit_are_never_shown_as_todays():
 
 
 def test_the_table_of_labels_has_right_and_labelled_per_cent():
-    found = {}
-    for style in report.STYLES:
-        right = .5 if style == "fog" else .75
-        found[style] = {"right": right, "labelled": .4, "miou": 30.}
+    found = dict.fromkeys(report.STYLES, {"right": .75, "labelled": .4, "miou": 30.})
+    found["fog"] = {"right": .5, "labelled": .4, "miou": 30.}
     text = report.table_of_labels({"redrawn by SAM": found}, report.LABELS)
     assert text.splitlines()[-1] == ("| redrawn by SAM | 75 (40) | 75 (40) | 75 (40) | 50 (40) | "
                                      "75 (40) | 70 (40) | 30.0 |")
@@ -99,12 +101,10 @@ def test_bars_leave_out_rows_that_were_not_run(tmp_path):
 def test_every_row_of_every_table_can_be_run_and_has_constants_of_its_stage():
     named = {*report.TABLE4, *report.TABLE5, *report.ORACLES, *report.ABLATIONS,
              *report.SETTINGS, *report.IDEAS, *rows.SOURCES, *rows.SOURCES.values()}
-    for _, wanted in report.FIGURES.values():
-        named |= set(wanted.values())
+    named = named.union(*(wanted.values() for _, wanted in report.FIGURES.values()))
     changes = [*report.TRIED.values(), *report.SIZES.values()]
     assert named | {row for row, _ in changes} <= set(report.ROWS)
-    for stage, constants, _ in report.ROWS.values():
-        changes.append((stage, constants))
+    changes += [(stage, constants) for stage, constants, _ in report.ROWS.values()]
     for row, constants in changes:
         stage = report.ROWS[row][0] if row in report.ROWS else row
         known = common.constants(vars(fresh(stage)))
@@ -117,12 +117,11 @@ def test_results_of_rows_that_are_no_more_are_dropped_and_others_kept(tmp_path, 
     old = {"rows": {"purity": row_of(1.), "raw": row_of(2.), "sam": row_of(3., 4.)},
            "before": {"code": "old", "rows": {"sam": row_of(7.)}}}
     (tmp_path / "results.json").write_text(json.dumps(old))
-    styles = {s: {"miou": 5., "iou": dict.fromkeys(common.CLASSES, 5.)} for s in report.STYLES}
-    rows.folder_of("sam", 1).mkdir(parents=True)
-    new = {"row": "sam", "seed": 1, "code": "new", "mean": 5., "styles": styles}
-    lines = "".join(json.dumps({"step": 20 * i, "loss": i}) + "\n" for i in range(1, 11))
+    of_style = {"miou": 5., "iou": dict.fromkeys(common.CLASSES, 5.)}
+    new = {"row": "sam", "seed": 1, "code": "new", "mean": 5.,
+           "styles": dict.fromkeys(report.STYLES, of_style)}
+    write_log(rows.folder_of("sam", 1), range(1, 11))
     (rows.folder_of("sam", 1) / "test.json").write_text(json.dumps(new))
-    (rows.folder_of("sam", 1) / "log.jsonl").write_text(lines)
     results = report.gather()
     assert set(results["rows"]) == {"raw", "sam"} and results["validation"] == {}
     assert [report.mean_of(results["rows"]["sam"], seed) for seed in "01"] == [3., 5.]
@@ -184,12 +183,11 @@ def test_the_truth_takes_the_place_of_embedding_and_label(selftrain, oracle, tmp
     *_, truth, _ = pictures[0]
     rough = torch.zeros(128, 256, dtype=torch.long)
     refined, _ = selftrain.refine(None, truth, rough, np.random.default_rng(0))
-    # a teacher that sees class 0 everywhere prompts with one piece; true masks cut it to the truth
     if oracle == "true labels":
         assert np.array_equal(refined, label)
-    else:
+    else:       # a teacher that sees class 0 everywhere prompts with one piece: cut to the truth
         assert set(refined.unique().tolist()) == {0, IGNORE}
-        assert np.array_equal(refined == 0, label == 3) or np.array_equal(refined == 0, label == 0)
+        assert any(np.array_equal(refined == 0, label == c) for c in (0, 3))
 
 
 @pytest.mark.parametrize("oracle, masks", [("masks at 1/8", (8, 16)),
@@ -200,8 +198,8 @@ def test_another_decoder_takes_the_place_of_ours(selftrain, oracle, masks):
     maps = [torch.zeros(2, 3, 16 // 2 ** i, 32 // 2 ** i) for i in range(4)]
     classes, logits = decoder(maps)
     assert classes.shape == (4, 2, 4, 3) and logits.shape == (4, 2, 4, *masks)
-    again = selftrain.source_stage.Decoder(**decoder.sizes)             # as load_model builds it
-    again.load_state_dict(decoder.state_dict())
+    # as load_model builds it
+    selftrain.source_stage.Decoder(**decoder.sizes).load_state_dict(decoder.state_dict())
 
 
 def test_the_random_tower_is_clip_with_other_numbers(tmp_path, monkeypatch):
@@ -226,17 +224,15 @@ def with_idea(stage, name, scores, redrawn):
     return stage.redraw(None, torch.zeros(1, 1), rough, [0])[0].tolist()
 
 
-def test_the_surest_half_of_the_pixels_keeps_its_label(selftrain):
-    scores = torch.tensor([[[[.5, .95], [.7, .2]], [[.1, 0], [.1, .6]]]])
-    redrawn = torch.tensor([[[3, 4], [5, IGNORE]]])
-    assert with_idea(selftrain, "surest half", scores, redrawn) == [[[IGNORE, 4], [5, IGNORE]]]
-
-
-def test_where_sam_left_none_a_sure_teachers_label_is_taken(selftrain):
-    scores = torch.tensor([[[[.5, .95], [.91, .2]], [[.1, 0], [.1, .6]]]])
-    redrawn = torch.tensor([[[IGNORE, IGNORE], [5, IGNORE]]])
-    found = with_idea(selftrain, "sure besides SAM", scores, redrawn)
-    assert found == [[[IGNORE, 0], [5, IGNORE]]]
+@pytest.mark.parametrize("idea, high, redrawn, wanted", [
+    # the surest half of the pixels keeps its label
+    ("surest half", [[.5, .95], [.7, .2]], [[3, 4], [5, IGNORE]], [[IGNORE, 4], [5, IGNORE]]),
+    # where SAM left none, a sure teacher's label is taken
+    ("sure besides SAM", [[.5, .95], [.91, .2]], [[IGNORE, IGNORE], [5, IGNORE]],
+     [[IGNORE, 0], [5, IGNORE]])])
+def test_ideas_that_ask_how_sure_the_teacher_is(selftrain, idea, high, redrawn, wanted):
+    scores = torch.tensor([[high, [[.1, 0], [.1, .6]]]])
+    assert with_idea(selftrain, idea, scores, torch.tensor([redrawn])) == [wanted]
 
 
 def test_a_grids_masks_take_the_majority_of_the_sure_pixels(selftrain):
@@ -246,10 +242,8 @@ def test_a_grids_masks_take_the_majority_of_the_sure_pixels(selftrain):
     high = torch.tensor([[.95, .95, .95, .5], [.95, .95, .95, .5]])
     scores = torch.stack((high, 1 - high, torch.zeros(2, 4)))[None]
     scores[0, :, :, 2] = torch.tensor([0, 0, .99])[:, None]
-    # below: class 0, for 4 of the 6 sure pixels; on it the right half, class 2; on that one pixel
-    # of which none is sure
-    found = with_idea(selftrain, "grid", scores, None)
-    assert found == [[[0, 0, 2, 2], [0, 0, 2, 2]]]
+    # below: class 0, of 4 of the 6 sure pixels; on it class 2; on that a pixel that is not sure
+    assert with_idea(selftrain, "grid", scores, None) == [[[0, 0, 2, 2]] * 2]
 
 
 def test_the_mirrored_teacher_is_the_mean_of_both_views(selftrain):
@@ -269,9 +263,8 @@ def test_the_ramp_begins_at_a_half(selftrain):
 
 
 def test_only_painted_pictures_lose_their_dice(selftrain):
-    def mask_loss(classes, masks, labels, points, weights, *rest):
-        return labels.sum() * weights[2], {}
-    selftrain.mask_loss, selftrain.N_SOURCE = mask_loss, 2
+    selftrain.N_SOURCE = 2
+    selftrain.mask_loss = lambda c, m, labels, n, weights, *rest: (labels.sum() * weights[2], {})
     ideas.no_dice(selftrain)
     logits = torch.zeros(1, 3, 1)
     loss, _ = selftrain.mask_loss(logits, logits, torch.tensor([1., 2., 4.]), 9, (2., 5., 3.))
@@ -306,8 +299,7 @@ def test_prompts_keep_their_place_and_name_as_many_classes_as_asked():
 # ------------------------------------------------------------------- running
 def test_a_row_of_stage_04_waits_for_its_source(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "ROOT", tmp_path)
-    message = "seed3/source/model.safetensors: run its source row first"
-    with pytest.raises(common.Stop, match=message):
+    with pytest.raises(common.Stop, match="seed3/source/model.safetensors: run its source row"):
         rows.work([rows.Job("sam", 3, rows.folder_of("sam", 3))])
 
 
@@ -327,7 +319,8 @@ def test_a_row_is_trained_and_scored_once(tmp_path, data):
                "--ITERATIONS=2", "--BATCH=2", "--POINTS=64"]
     variables = environment(tmp_path, data, REPORT=str(tmp_path / "report"))
     world.write_folder(data / "toy/game", "test", "game", 2)
-    first = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    options = dict(cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600)
+    first = subprocess.run(command, **options)
     assert first.returncode == 0, first.stderr
     kept = tmp_path / "report/seed1/source/test.json"
     found, time = json.loads(kept.read_text()), kept.stat().st_mtime_ns
@@ -335,27 +328,24 @@ def test_a_row_is_trained_and_scored_once(tmp_path, data):
     assert found["code"] == rows.code()
     mean = np.mean([found["styles"][style]["miou"] for style in report.STYLES])
     assert found["mean"] == pytest.approx(mean, abs=.001)
-    again = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    again = subprocess.run(command, **options)
     assert "finished before" in again.stdout and kept.stat().st_mtime_ns == time
 
 
-def test_a_wrong_command_prints_the_help():
-    for arguments in ([], ["nothing"], ["run", "no_row"], ["write", "sam"]):
-        with pytest.raises(SystemExit, match="report.py all"):
-            report.main(*arguments)
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["run", "no_row"], ["write", "sam"]])
+def test_a_wrong_command_prints_the_help(arguments):
+    with pytest.raises(SystemExit, match="report.py all"):
+        report.main(*arguments)
 
 
 # ------------------------------------------------------------------- a run of your own
-def write_run(folder, scores, losses):
-    """What compare() reads of a run: {stage: mIoU of every style}, {stage: losses}"""
+def write_run(folder, *scores):
+    """What compare() reads of a run of 03 and 04 with this mIoU of every style"""
     lines = []
-    for stage, score in scores.items():
+    for stage, score in zip(("03_train_source", "04_selftrain"), scores):
         targets = {f"folder:data/toy/{style}": {"miou": score} for style in report.STYLES}
         lines.append({"name": stage, "targets": targets})
-        text = "".join(json.dumps({"step": 20 * i, "loss": loss}) + "\n"
-                       for i, loss in enumerate(losses[stage], 1))
-        (folder / stage).mkdir(parents=True)
-        (folder / stage / "log.jsonl").write_text(text)
+        write_log(folder / stage, [20., 10.5])
     (folder / "05_eval").mkdir()
     (folder / "05_eval/results.json").write_text(json.dumps({"rows": lines}))
 
@@ -368,14 +358,13 @@ def test_a_run_is_compared_with_the_spread_of_the_seeds(tmp_path, monkeypatch, c
     report.RESULTS.write_text(json.dumps({"rows": seeds, "loss": losses}))
     for log in ("log_03.jsonl", "log_04.jsonl"):
         (tmp_path / log).write_text('{"step": 20, "loss": 20}\n{"step": 40, "loss": 10}\n')
-    both = dict.fromkeys(("03_train_source", "04_selftrain"), [20., 10.5])
     # of 30, 32 and 34 a further one lies within 32 plus or minus 4.303 * 2 * sqrt(4 / 3) = 9.94
-    write_run(tmp_path / "good", {"03_train_source": 41.9, "04_selftrain": 38.}, both)
+    write_run(tmp_path / "good", 41.9, 38.)
     assert report.compare(tmp_path / "good") == 0
     said = capsys.readouterr().out
     assert "within 5.0 % of the shipped log of seed 0, from step 40 on" in said
     assert "a further one 22.1 to 41.9" in said and "all numbers lie" in said
-    write_run(tmp_path / "bad", {"03_train_source": 42., "04_selftrain": 38.}, both)
+    write_run(tmp_path / "bad", 42., 38.)
     assert report.compare(tmp_path / "bad") == 6        # five styles and their mean
     with pytest.raises(common.Stop, match="05_eval.py writes it"):
         report.compare(tmp_path / "none")
@@ -406,34 +395,22 @@ def test_the_weather_that_a_prompt_asks_for(place, style):
     assert scores.style_of(place) == style
 
 
+HALVES = np.repeat([[0] * 4 + [1] * 4], 8, 0).astype(np.uint8)
+
+
 def test_a_perfect_sam_scores_one_on_every_piece(monkeypatch):
-    class Perfect:
-        transform = types.SimpleNamespace(apply_coords_torch=lambda points, shape: points)
-
-        def __init__(self, label):
-            self.label = label
-
-        def set_image(self, image):
-            pass
-
-        def predict_torch(self, points, positive):
-            x, y = points[:, 0].long().T
-            mask = self.label == self.label[y, x][:, None, None]
-            return mask[:, None].repeat(1, 3, 1, 1), torch.ones(len(points), 3), None
-
-    label = np.repeat([[0] * 4 + [1] * 4], 8, 0).astype(np.uint8)
-    monkeypatch.setattr(scores, "SamPredictor", lambda sam: Perfect(torch.from_numpy(label)))
+    perfect = PerfectSam(torch.from_numpy(HALVES))
+    monkeypatch.setattr(scores, "SamPredictor", lambda sam: perfect)
     random = np.random.default_rng(0)
-    classes, areas, _, ious = scores.sam_on_scene(None, None, label, random)
+    classes, areas, _, ious = scores.sam_on_scene(None, None, HALVES, random)
     assert classes.tolist() == [0, 1] and areas.tolist() == [32, 32] and (ious == 1).all()
 
 
 # ------------------------------------------------------------------- pretraining
 def test_codes_that_keep_pieces_apart_cost_little_and_equal_codes_more():
-    piece = np.repeat([[0] * 4 + [1] * 4], 8, 0)
-    apart = torch.from_numpy(piece[None, None] * 10.).expand(1, 2, -1, -1)
-    low = pretrain.same_piece(apart, [piece], np.random.default_rng(0))
-    none = pretrain.same_piece(torch.zeros(1, 2, 8, 8), [piece], np.random.default_rng(0))
+    apart = torch.from_numpy(HALVES[None, None] * 10.).expand(1, 2, -1, -1)
+    low, none = (pretrain.same_piece(codes, [HALVES.astype(int)], np.random.default_rng(0))
+                 for codes in (apart, torch.zeros(1, 2, 8, 8)))
     assert low == pytest.approx(np.log1p(np.exp(-2.)), abs=1e-3)
     assert none == pytest.approx(np.log1p(np.exp(-2.)) + np.log1p(np.exp(2.)), abs=1e-4)
 

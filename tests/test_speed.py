@@ -1,40 +1,20 @@
 """How often a training step waits for the GPU, and what a trainable encoder keeps, counted on a
 CPU: a wait leaves the GPU idle, and on a CPU it costs nothing, so that nobody would notice it."""
-from collections import Counter
-
 import pytest
 import torch
+from references import Waits, write_convnext
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import SMALL, fresh
-from test_parity import write_convnext
 
 adam = torch.optim.AdamW.step
-WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::bincount",
-         "aten::_unique2", "aten::equal"}
-
-
-class Waits(TorchDispatchMode):
-    """Counts what makes the CPU wait if the tensors lie on a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name
-        masks = args[1] if name in ("aten::index", "aten::index_put_") else ()
-        by_mask = any(mask is not None and mask.dtype == torch.bool for mask in masks)
-        fills = name == "aten::index_put_" and args[2].numel() == 1     # by masked_fill
-        self.count[name] += name in WAITS or by_mask and not fills
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
 def waits(monkeypatch, start, finished, tmp_path):
     """waits(stage, *arguments) -> Counter: waits of one step, without log, preview, checkpoint"""
     def call(stage, *arguments):
+        every = [f"--{name}_EVERY=1000" for name in ("LOG", "SAVE", "PREVIEW")]
         counts = []
         for steps in (2, 3):
             mode = Waits()
@@ -49,10 +29,9 @@ def waits(monkeypatch, start, finished, tmp_path):
                 mode.count = before
             monkeypatch.setattr(torch.Tensor, "cpu", cpu)
             monkeypatch.setattr(torch.optim.AdamW, "step", step)
-            every = [f"--{name}_EVERY=1000" for name in ("LOG", "SAVE", "PREVIEW")]
+            out = f"--OUT={tmp_path}/{stage}{steps}{len(arguments)}"
             with mode:
-                assert start(stage, *SMALL[stage], f"--ITERATIONS={steps}", *every, *arguments,
-                             f"--OUT={tmp_path}/{stage}{steps}{len(arguments)}",
+                assert start(stage, *SMALL[stage], f"--ITERATIONS={steps}", *every, *arguments, out,
                              run=finished[0]) is None
             counts.append(mode.count)
         return counts[1] - counts[0]

@@ -11,16 +11,13 @@ import numpy as np
 import pytest
 import torch
 import world
-from PIL import Image
+from references import WatchedRun
 from safetensors.torch import load_file
 
-import common
 from conftest import ROOT, here
 
 GOLDEN = ROOT / "tests/golden.json"
 NAMES = "03_train_source", "04_selftrain"
-WATCHED = "mask_loss", "refine", "embed_pictures", "update_teacher"
-FEW = {"03_train_source": ["--BATCH=4"], "04_selftrain": ["--N_SOURCE=3", "--N_GENERATED=3"]}
 
 
 # ------------------------------------------------------------ pictures and runs
@@ -36,114 +33,6 @@ def root(tmp_path_factory):
     return root
 
 
-def scenes(folder):
-    """[(picture uint8 (3, H, W), label int64 (H, W))] of a folder of the miniature world"""
-    found = []
-    for path in sorted((folder / "images").iterdir()):
-        picture = np.array(Image.open(path).convert("RGB"))
-        label = np.array(Image.open(folder / "labels" / path.name))
-        found.append((torch.from_numpy(picture).permute(2, 0, 1), torch.from_numpy(label).long()))
-    return found
-
-
-def last_weight(module):
-    return list(module.parameters())[-1].detach().clone()
-
-
-class Training:
-    """A run of 03 or 04 whose functions are watched.
-
-    calls: {function: [(arguments, what it returned)]}; seen: the pictures that the student saw in
-    each step; teachers: a weight of the teacher in each; seeds: of the loss's random points; norms:
-    of the gradient of each step's loss; start: the weights before the first step.
-    invert: all colours, in place of the colour jitter. noise: relative, on the first weights."""
-
-    def __init__(self, name, root, out, *arguments, invert=True, noise=0., seed=0,
-                 steps=10 ** 9):
-        self.invert, self.noise, self.seed, self.steps = invert, noise, seed, steps
-        self.calls = {name: [] for name in WATCHED}
-        self.seen, self.teachers, self.seeds, self.norms = [], [], [], []
-        self.truth, self.source = scenes(root / "toy/day"), scenes(root / "toy/game_train")
-        arguments = [*FEW[name], *arguments, "--LOG_EVERY=1", "--WORKERS=0", f"--OUT={out}"]
-        if name == "04_selftrain":
-            arguments.append(f"--GENERATED=folder:{root}/toy/day/images")
-        end = here(name, *arguments, run=root / "run", data=root, change=self.change)
-        assert end == (None if steps == 10 ** 9 else f"{name}.py: enough")
-        self.log, self.out = common.read_lines(out / "log.jsonl", "step", "loss"), out
-
-    def change(self, stage):
-        self.stages = stage, getattr(stage, "source_stage", stage)
-        if self.invert:
-            self.put("colour_jitter", lambda image, random: 255 - image)
-        self.put("preview", lambda *arguments: None)
-        self.put("predict", self.predict)
-        for name in WATCHED:
-            self.watch(name)
-        make, forward = self.find("make_optimizer"), self.stages[1].Encoder.forward
-
-        def make_optimizer(*arguments):
-            self.optimizer, trained = make(*arguments)
-            generator = torch.Generator().manual_seed(self.seed)
-            with torch.no_grad():
-                for weight in trained:
-                    random = torch.randn(weight.shape, generator=generator)
-                    weight.mul_(1 + self.noise * random)
-            self.start = [weight.detach().clone() for weight in trained]
-            return self.optimizer, trained
-
-        def see(encoder, images):
-            if images.dtype == torch.uint8:
-                self.seen.append(images)
-            return forward(encoder, images)
-        self.put("make_optimizer", make_optimizer)
-        self.stages[1].Encoder.forward = see
-
-    def find(self, name):
-        return getattr(self.stages[0], name, None) or getattr(self.stages[1], name, None)
-
-    def put(self, name, function):
-        """Replace a function in the stage and in 03, from where 04 takes some."""
-        for module in self.stages:
-            setattr(module, name, function)
-
-    def watch(self, name):
-        function = self.find(name)
-
-        def call(*arguments, **options):
-            if name == "mask_loss" and len(self.calls[name]) == self.steps:
-                raise common.Stop("enough")
-            if name == "mask_loss":
-                self.seeds.append(torch.initial_seed())
-            result = function(*arguments, **options)
-            if name == "mask_loss":
-                weights = sum((group["params"] for group in self.optimizer.param_groups), [])
-                found = torch.autograd.grad(result[0], weights, retain_graph=True,
-                                            allow_unused=True)
-                squares = [g.double().square().sum() for g in found if g is not None]
-                self.norms.append(float(sum(squares).sqrt()))
-            self.calls[name].append((arguments, result))
-            return result
-        if function:
-            self.put(name, call)
-
-    def predict(self, encoder, decoder, images, half=False):
-        """Scores of a teacher that knows the label of every clean picture, and no other picture"""
-        self.teachers.append(last_weight(decoder))
-        assert not decoder.training and not encoder.training
-        labels = []
-        for image in images:
-            label, = [label for clean, label in self.truth if torch.equal(image, clean)]
-            labels.append(label)
-        return torch.nn.functional.one_hot(torch.stack(labels), 12).movedim(3, 1).float()
-
-    def pairs(self):
-        """[(a picture that the student saw, as it was before; the label that it learnt)]"""
-        found = []
-        for images, (arguments, _) in zip(self.seen, self.calls["mask_loss"], strict=True):
-            found += zip(255 - images, arguments[2].long(), strict=True)
-        return found
-
-
 def which(picture, others):
     """-> the number of the equal one among other pictures, and whether it is flipped"""
     found = [(k, flipped) for k, other in enumerate(others) for flipped in (False, True)
@@ -156,12 +45,12 @@ def which(picture, others):
 def two_steps(root, tmp_path_factory):
     """04 took two steps on three source and three painted pictures each."""
     out = tmp_path_factory.mktemp("two")
-    return Training("04_selftrain", root, out, "--ITERATIONS=2", "--EMA=0.75", "--LR=1e-3")
+    return WatchedRun("04_selftrain", root, out, "--ITERATIONS=2", "--EMA=0.75", "--LR=1e-3")
 
 
 # ------------------------------------------------------------ what is learnt from what
 def test_03_learns_each_picture_with_its_label_both_flipped_or_none(root, tmp_path):
-    run = Training("03_train_source", root, tmp_path, "--SCALE=1,1", "--ITERATIONS=2")
+    run = WatchedRun("03_train_source", root, tmp_path, "--SCALE=1,1", "--ITERATIONS=2")
     flips = []
     for picture, label in run.pairs():
         k, flipped = which(picture, [image for image, _ in run.source])
@@ -182,8 +71,7 @@ def test_04_learns_source_labels_and_those_that_sam_redrew_flipped_with_the_stud
             wanted, kind = two_steps.source[k][1], "source"
         else:
             k, flipped = which(picture, clean)
-            (_, _, rough, _), (wanted, _) = next(redrawn)
-            kind = "painted"
+            ((_, _, rough, _), (wanted, _)), kind = next(redrawn), "painted"
             assert torch.equal(rough, two_steps.truth[k][1])    # SAM got this picture's label
             assert .5 < (wanted == rough).float().mean() < 1    # and redrew it
         assert torch.equal(label, wanted.flip(1) if flipped else wanted)
@@ -207,11 +95,8 @@ def test_sams_points_differ_from_picture_to_picture_and_from_step_to_step(two_st
     assert len(set(two_steps.seeds)) == 2                   # and those of the loss
 
 
-def test_each_step_of_04_follows_the_gradient_of_its_own_loss(two_steps):
+def test_each_step_of_04_follows_the_gradient_of_its_own_loss_with_the_constants_of_03(two_steps):
     assert [row["norm"] for row in two_steps.log] == pytest.approx(two_steps.norms, rel=1e-3)
-
-
-def test_the_loss_gets_the_constants_of_the_run_of_03(two_steps):
     for (_, _, _, *constants), _ in two_steps.calls["mask_loss"]:
         assert constants[:3] == [256, (2., 5., 5.), .1] and constants[3:] in ([], ["ignore"])
 
@@ -219,7 +104,7 @@ def test_the_loss_gets_the_constants_of_the_run_of_03(two_steps):
 # ------------------------------------------------------------ optimiser and teacher
 @pytest.mark.parametrize("name", NAMES)
 def test_the_first_step_is_adamws_with_the_clipped_gradient(root, tmp_path, name):
-    run = Training(name, root, tmp_path, "--ITERATIONS=9", "--WARMUP=4", "--LR=4e-3", steps=1)
+    run = WatchedRun(name, root, tmp_path, "--ITERATIONS=9", "--WARMUP=4", "--LR=4e-3", steps=1)
     assert run.log[0]["norm"] > 2
     i, squares, decays = 0, 0., set()
     for group in run.optimizer.param_groups:
@@ -235,7 +120,7 @@ def test_the_first_step_is_adamws_with_the_clipped_gradient(root, tmp_path, name
 
 
 def test_the_teacher_follows_eq_2_from_step_to_step(root, tmp_path, two_steps):
-    one = Training("04_selftrain", root, tmp_path, "--ITERATIONS=1", "--EMA=0.75", "--LR=1e-3")
+    one = WatchedRun("04_selftrain", root, tmp_path, "--ITERATIONS=1", "--EMA=0.75", "--LR=1e-3")
     files = [root / "run/03_train_source/model.safetensors"]
     files += [run.out / f"{name}.safetensors" for run in (one, two_steps)
               for name in ("model", "teacher")]
@@ -252,7 +137,7 @@ def test_the_teacher_follows_eq_2_from_step_to_step(root, tmp_path, two_steps):
 
 @pytest.mark.parametrize("every, updates", [(1, 3), (2, 1)])
 def test_the_teacher_moves_every_so_many_steps(root, tmp_path, every, updates):
-    run = Training("04_selftrain", root, tmp_path, "--ITERATIONS=3", f"--EMA_EVERY={every}",
+    run = WatchedRun("04_selftrain", root, tmp_path, "--ITERATIONS=3", f"--EMA_EVERY={every}",
                    "--REFINE=off", "--N_SOURCE=1", "--N_GENERATED=1", "--EMA=0.5")
     assert [arguments[2] for arguments, _ in run.calls["update_teacher"]] == [.5] * updates
 
@@ -264,7 +149,7 @@ RUNS = {"03_train_source": ["--ITERATIONS=20", "--POINTS=256", "--LR=0.003", "--
 
 def losses(name, root, out, noise, seed=0):
     """Of the first three steps -> (3, 4)"""
-    run = Training(name, root, out, *RUNS[name], invert=False, noise=noise, seed=seed, steps=3)
+    run = WatchedRun(name, root, out, *RUNS[name], invert=False, noise=noise, seed=seed, steps=3)
     return np.array([[row[key] for key in ("loss", "class", "mask", "dice")] for row in run.log])
 
 
