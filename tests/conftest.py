@@ -60,12 +60,17 @@ def script(name, *arguments, run, data, **more):
                           text=True, cwd=ROOT, env=environment(run, data, **more), timeout=1200)
 
 
-def fresh(name):
-    """A stage as a new module, so that overridden constants do not leak from test to test."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+def module_of(path):
+    """A file as a new module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def fresh(name):
+    """A stage as a new module, so that overridden constants do not leak from test to test."""
+    return module_of(ROOT / f"{name}.py")
 
 
 def once(factory, name, make):
@@ -161,14 +166,6 @@ def folder(tmp_path):
                 picture.save(tmp_path / name / kind / f"{stem}.png")
         return f"folder:{tmp_path / name}"
     return make
-
-
-def module_of(path):
-    """A file as a new module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

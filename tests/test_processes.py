@@ -112,10 +112,12 @@ def test_bfloat16_only_where_the_card_has_it(monkeypatch, capsys):
 # ---------------------------------------------------------------------------- whole stages
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory, data):
-    """03, 04 and 05 in one process, in four, and on two nodes of two -> the three run folders.
+    """02 to 05 in one process, in four, and on two nodes of two -> the three run folders.
     04 has four pictures per step: of four processes two have painted ones alone."""
     root = tmp_path_factory.mktemp("chains")
-    stages = {"03_train_source": ["--BATCH=4", *SOURCE],
+    stages = {"02_generate": [f"--PROMPTS={ROOT}/tests/prompts.txt", "--N_IMAGES=6", "--GROUP=1",
+                              "--STEPS=2"],
+              "03_train_source": ["--BATCH=4", *SOURCE],
               "04_selftrain": ["--N_SOURCE=2", "--N_GENERATED=2", *SELF,
                                f"--GENERATED=folder:{data}/toy/day/images",
                                f"--INIT={root}/one/03_train_source"],
@@ -135,6 +137,8 @@ def test_the_stages_of_many_processes_write_what_one_writes(chains, many):
         if path.is_file() and path.parent.name != "confusion":      # its names hold digests
             assert (many / path.relative_to(one)).exists(), path
     assert not list(many.rglob("*.part")) and not list(many.rglob("checkpoint.pt"))
+    for picture in sorted(one.glob("02_generate/*_p*.png")):        # the same bits
+        assert picture.read_bytes() == (many / "02_generate" / picture.name).read_bytes()
     for stage in TRAINING:
         a, b = (load_file(run / stage / "model.safetensors") for run in (one, many))
         assert a.keys() == b.keys() and len(a) > 20

@@ -271,6 +271,28 @@ def test_only_painted_pictures_lose_their_dice(selftrain):
     assert loss == pytest.approx((1 + 2) * 3 * 2 / 3)
 
 
+def test_soft_labels_of_a_teacher_without_doubt_are_its_labels(selftrain):
+    labels = torch.randint(0, 3, (2, 4, 4)).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    scores = torch.nn.functional.one_hot(labels[1:].flip(2), 12).permute(0, 3, 1, 2).float()
+    logits = torch.randn(2, 2, 12, 13), torch.randn(2, 2, 12, 8, 8)
+    settings = 64, (2., 5., 5.), .1, "ignore"
+    mask_loss = selftrain.mask_loss = selftrain.source_stage.mask_loss
+    torch.manual_seed(0)
+    each = [mask_loss(*(part[:, k:k + 1] for part in logits), labels[k:k + 1], *settings)[0]
+            for k in (0, 1)]
+    selftrain.N_SOURCE = 1
+    selftrain.predict = lambda: scores              # of the clean picture, which is mirrored then
+    selftrain.redraw = lambda: (labels[1:].flip(2), [])
+    ideas.soft_labels(selftrain)
+    selftrain.predict(), selftrain.redraw()
+    torch.manual_seed(0)
+    assert selftrain.mask_loss(*logits, labels, *settings)[0] == pytest.approx(sum(each) / 2)
+    scores *= .5
+    selftrain.predict(), selftrain.redraw()
+    torch.manual_seed(0)
+    assert selftrain.mask_loss(*logits, labels, *settings)[0] > sum(each) / 2 + .1
+
+
 def test_masks_unlike_their_piece_are_dropped_and_points_are_deep(selftrain):
     label = np.zeros((8, 16), np.uint8)
     label[:, 8:] = 1
