@@ -273,15 +273,16 @@ def refine(sam, embedding, label, random):
     return refined, points
 
 
-def redraw(sam, embeddings, rough, items):
+def redraw(sam, embeddings, rough, items, half=False):
     """refine() for some pictures; without a `sam` (REFINE="off") their labels as they are.
 
     embeddings (B, D, g, g), rough int64 (B, H, W), items: the number of each picture in the stream,
-    on which its random points depend -> int64 (B, H, W), the prompts of each"""
+    on which its random points depend, half: bfloat16 -> int64 (B, H, W), the prompts of each"""
     pseudo, prompts = rough.clone(), [np.zeros((0, 1, 2), np.float32)] * len(rough)
-    for k in range(len(rough) if sam else 0):
-        random = np.random.default_rng((SEED, 4, 5, items[k]))
-        pseudo[k], prompts[k] = refine(sam, embeddings[k], rough[k], random)
+    with torch.autocast(rough.device.type, torch.bfloat16, enabled=half):
+        for k in range(len(rough) if sam else 0):
+            random = np.random.default_rng((SEED, 4, 5, items[k]))
+            pseudo[k], prompts[k] = refine(sam, embeddings[k], rough[k], random)
     return pseudo, prompts
 
 
@@ -358,8 +359,7 @@ def preview(path, pictures, teacher, student, sam, half):
     clean = torch.stack([pictures.clean(k) for k in shown]).to(student[0].mean.device)
     embeddings = torch.stack([pictures.embedding(k) for k in shown]).to(clean.device)
     rough = predict(*teacher, clean, half).argmax(1)
-    with torch.autocast(clean.device.type, torch.bfloat16, enabled=half):
-        pseudo, prompts = redraw(sam, embeddings, rough, shown)
+    pseudo, prompts = redraw(sam, embeddings, rough, shown, half)
     student[0].eval()
     guess = predict(*student, clean, half).argmax(1)
     student[0].train()
@@ -385,8 +385,8 @@ def main():
     encoder, student, about = source_stage.load_model(INIT)
     init = inherited(about)
     files = painted_files(GENERATED) if N_GENERATED else []
-    crops = source_stage.SourceCrops(SOURCE, (SEED, 4), init.CROP, init.SCALE, encoder.fill)
-    facts = {"classes and ids": common.class_ids(), "source pairs": crops.digest(),
+    source = source_stage.SourceCrops(SOURCE, (SEED, 4), init.CROP, init.SCALE, encoder.fill)
+    facts = {"classes and ids": common.class_ids(), "source pairs": source.digest(),
              "painted pictures": common.files_digest(files),
              "weights of INIT": common.digest([init_file.read_bytes()])}
     free = ("INIT", "GENERATED", "SAM_CHUNK", "SAM_BATCH")
@@ -413,30 +413,29 @@ def main():
     embeddings = embed_pictures(sam, files, init.CROP, half) if sam else ()
     pictures = PaintedPictures(files, embeddings, (SEED, 4), init.CROP)
     span = progress.first, ITERATIONS, WORKERS
-    loaders = zip(source_stage.batches(crops, N_SOURCE, *span),
+    loaders = zip(source_stage.batches(source, N_SOURCE, *span),
                   source_stage.batches(pictures, N_GENERATED, *span, offset=N_SOURCE))
     E = source_stage.distributed(encoder, partly_used=True)
     D = source_stage.distributed(student, partly_used=not len(student.layers))
 
     no_signs = dict.fromkeys(("labelled", "changed", "prompts"), torch.zeros(()))
-    for step, (source, painted) in progress.steps(loaders):
+    for step, (labelled, painted) in progress.steps(loaders):
         torch.manual_seed((10 * SEED + 4) * 10 ** 9 + step)     # a step repeats after a resume
         images, labels = [], []
         signs = no_signs if N_GENERATED else {}
-        if source:                  # under torchrun a process may have one kind of pictures alone
-            crop, label = source
-            images.append(crop.to(device, non_blocking=True))
-            labels.append(label.to(device, non_blocking=True).long())
+        if labelled:                # under torchrun a process may have one kind of pictures alone
+            crops, truth = labelled
+            images.append(crops.to(device, non_blocking=True))
+            labels.append(truth.to(device, non_blocking=True).long())
         if painted:
             *tensors, items = painted
             clean, seen, flipped, embedding = (t.to(device, non_blocking=True) for t in tensors)
             # 1. the teacher labels the clean painted images: p = D_T(E(x))
             rough = predict(teacher_encoder, teacher, clean, half).argmax(1)
             # 2. SAM redraws those labels (3.3)
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                pseudo, prompts = redraw(sam, embedding, rough, items.tolist())
+            pseudo, prompts = redraw(sam, embedding, rough, items.tolist(), half)
             signs = vital_signs(rough, pseudo, prompts)
-            # the student sees them jittered and some of them flipped
+            # the student sees them jittered and some of them flipped, and their labels with them
             images.append(seen)
             labels.append(torch.where(flipped[:, None, None], pseudo.flip(2), pseudo))
         # 3. one loss for source labels and pseudo-labels, "the same as the source loss" (eq. 1)

@@ -31,9 +31,9 @@ def with_scores(stage, change):
         last["scores"] = predict(*arguments)
         return last["scores"]
 
-    def changed(sam, embeddings, rough, items):
+    def changed(sam, embeddings, rough, *rest):
         highest = last["scores"].amax(1)
-        pseudo, prompts = redraw(sam, embeddings, rough, items)
+        pseudo, prompts = redraw(sam, embeddings, rough, *rest)
         return change(pseudo, rough, highest), prompts
     stage.predict, stage.redraw = noted, changed
 
@@ -200,7 +200,7 @@ def grid(stage, spacing=16, least=.25):
                     labelled[k][mask] = sure.bincount().argmax()
         return labelled
 
-    def noted(sam, embeddings, rough, items):
+    def noted(sam, embeddings, rough, *rest):
         last.update(sam=sam, embeddings=embeddings)
         return rough, [torch.zeros(0, 1, 2).numpy()] * len(rough)
     last = {}
