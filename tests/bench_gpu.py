@@ -248,7 +248,7 @@ def card():
 
 
 @mock.patch.multiple(source, batches=one_batch, preview=no_picture)
-@mock.patch.multiple(selftrain, batches=one_batch, predict=predict_drawn, preview=no_picture)
+@mock.patch.multiple(selftrain, predict=predict_drawn, preview=no_picture)
 @mock.patch.object(Figure, "savefig", lambda figure, file, **_: Path(file).touch())
 def steps():
     """03 and 04, with the frozen encoder and with the trainable one of Table 5."""
