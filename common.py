@@ -53,8 +53,8 @@ PRESET = os.environ.get("PRESET") or "toy"
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ            # other launchers leave stray variables
 PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
-AGAIN = ("Put this right and run the same command again: finished files are intact, partial ones "
-         "were removed")
+AGAIN = ("Put this right (is the disk full?) and run the same command again: finished files are "
+         "intact, partial ones were removed")
 if PRESET not in PRESETS:
     sys.exit(f"PRESET={PRESET} is not a preset; there are: {', '.join(PRESETS)}")
 
