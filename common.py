@@ -549,9 +549,10 @@ def pairs(name, split):
     """All (image, label) paths of a data set, sorted. `folder:PATH` means PATH/images, and PNGs
     of train ids with the same stems in PATH/labels. split: "train" or "val". Raises Stop, also
     where the labels cannot be those of this data set."""
-    root = Path(name.removeprefix("folder:") if name.startswith("folder:") else DATA).expanduser()
-    expect(name in LAYOUTS or name.startswith("folder:"),
+    is_folder = name.startswith("folder:")
+    expect(is_folder or name in LAYOUTS,
            f"{name} is not a data set: there are {', '.join(LAYOUTS)}, folder:PATH")
+    root = Path(name[7:] if is_folder else DATA).expanduser()
     toy = root.parent == Path(DATA, "toy")
     if toy and RANK == 0 and not root.exists():
         print(f"drawing the miniature world into {root.parent} (about a minute, once)")

@@ -12,6 +12,7 @@ from references import IDS, cityscapesscripts_iou, made_maps
 import common
 from common import IGNORE
 from conftest import fresh
+from standins import run_main
 
 TRUTH = np.array([[0, 0, 1], [0, 1, 1], [IGNORE, IGNORE, 0]], np.uint8)
 GUESS = np.array([[0, 1, 1], [0, 1, 2], [2, 0, 0]], np.uint8)
@@ -146,13 +147,7 @@ def scored(stage, monkeypatch, tmp_path):
     def call(**constants):
         call.seen = 0
         options = {"OUT": str(tmp_path / "out"), "RUN": str(tmp_path / "run")}
-        for name, value in (options | constants).items():
-            monkeypatch.setattr(stage, name, value)
-        try:
-            stage.main()
-        finally:
-            while common.locks:             # as launch() does
-                common.locks.pop().release()
+        run_main(stage, **options | constants)
         path = tmp_path / "out/results.json"
         return json.loads(path.read_text())["rows"] if path.exists() else None
     call.kill_at = 0

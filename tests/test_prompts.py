@@ -42,8 +42,9 @@ CAR, BUS = "a photo of a car in rain", "a photo of a bus in town 3"
 
 @pytest.mark.parametrize("line", [
     "{}", "12. A photo of a car in rain.", '- "{}"', "  * **{}**", "\t3) An photo of a car in rain",
-    "“a photo of a **car** in rain”,", "**Prompt 1:** {}", "| 1 | {} | car |", "{} (classes: car)",
-    "{} [car, sky]", "{} - classes: car", "{}. It names a car.", "<li>{}</li>", "{}<br>", "`{}`",
+    "“a photo of a **car** in rain”,", "**Prompt 1:** {}", "| 1 | {} | car |",
+    "{} (classes: car)", "{} [car, sky]", "{} - classes: car", "{}. It names a car.",
+    "<li>{}</li>", "{}<br>", "`{}`",
     '{{"prompt": "{}", "classes": ["car"]}}'])
 def test_a_prompt_is_found_in_its_line(line):
     assert stage.parse(line.format(CAR), TABLE) == [(CAR, {"car"})]

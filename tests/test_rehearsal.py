@@ -13,8 +13,7 @@ import torch
 from conftest import ROOT, environment
 from references import write_convnext, write_official_data
 from segment_anything import sam_model_registry
-from test_data import png16
-from test_painting import tiny_sd
+from standins import tiny_sd
 
 import common
 
@@ -27,7 +26,7 @@ def folder(tmp_path_factory):
     """Data, and the models that all presets share: CLIP, and Stable Diffusion with its two files
     per network, in float32 and in float16, as on the hub."""
     root = tmp_path_factory.mktemp("rehearsal")
-    write_official_data(root / "data", png16)
+    write_official_data(root / "data")
     (root / "clip").mkdir()
     torch.manual_seed(0)
     write_convnext(root / "clip", "test_convnext")

@@ -887,12 +887,12 @@ def draw_job(job):
     return draw(*job)
 
 
-def draw_many(jobs, workers=None, title="scenes"):
+def draw_many(jobs, title="scenes"):
     """[(seed, style)] -> images, labels, instances uint8 (N, ...) and captions, on all cores."""
     if len(jobs) <= 16:
         drawn = list(map(draw_job, jobs))
     else:                               # a forked process may hang if this one has threads
-        with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             drawn = pool.map(draw_job, jobs, chunksize=16)
             drawn = list(tqdm(drawn, title, len(jobs), disable=None, dynamic_ncols=True))
     images, labels, instances, texts = zip(*drawn)
