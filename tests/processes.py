@@ -2,7 +2,6 @@
 dealt over the processes, at the points that one process takes for the whole batch.
 
     torchrun ... tests/processes.py OUT STAGE(3 or 4) -> OUT.WORLD_SIZE.pt"""
-import os
 import sys
 from importlib import import_module
 from pathlib import Path

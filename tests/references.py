@@ -14,7 +14,6 @@ import open_clip
 import timm
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from segment_anything import modeling
 from torch import nn
@@ -269,22 +268,6 @@ def plain_sam(small, pixels, points, shape):
     padded = torch.zeros(1, 3, 128, 128)
     padded[..., :rows // 2, :columns // 2] = low
     return low[0], ratings[0], plain.postprocess_masks(padded, (height, width), shape)[0]
-
-
-class PerfectSam:
-    """A SamPredictor that knows the label: its masks are where it is as below the first point."""
-    transform = SimpleNamespace(apply_coords_torch=lambda points, shape: points)
-
-    def __init__(self, label):
-        self.label = label
-
-    def set_image(self, image):
-        pass
-
-    def predict_torch(self, points, positive):
-        x, y = points[:, 0].long().T
-        mask = self.label == self.label[y, x][:, None, None]
-        return mask[:, None].repeat(1, 3, 1, 1), torch.ones(len(points), 3), None
 
 
 # ------------------------------------------------------------ colour jitter
@@ -629,27 +612,6 @@ def same(stage, a, b):
     if stage == "02_generate" and not same_pictures(a, b):
         return False
     return (a / result).read_bytes() == (b / result).read_bytes()
-
-
-def decided(path, out):
-    """A network whose few steps of training left it undecided, with larger logits -> out"""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    for name in ("class_head.weight", "mask_head.4.weight"):
-        tensors[f"decoder.{name}"] *= 100
-    save_file(tensors, out, metadata=metadata)
-    return out
-
-
-def count(predict, pairs):
-    """Pixel counts of [true class, predicted class]"""
-    counts = np.zeros((12, 12), int)
-    for image, label in pairs:
-        pixels = torch.from_numpy(np.array(common.read_image(image))).permute(2, 0, 1)[None]
-        guess, truth = predict(pixels).argmax(1).numpy(), np.asarray(Image.open(label))
-        np.add.at(counts, (truth.ravel(), guess.ravel()), 1)
-    return counts
 
 
 class SmallRun:

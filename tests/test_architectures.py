@@ -24,11 +24,6 @@ ENCODERS = {        # channels at strides 4, 8, 16 and 32; millions of parameter
     "transformers:nvidia/mit-b5": ([64, 128, 320, 512], 81.4)}
 
 
-@pytest.fixture
-def random_weights(monkeypatch):
-    load_nothing(monkeypatch)
-
-
 def millions(module):
     return sum(p.numel() for p in module.parameters()) / 1e6
 
@@ -36,7 +31,8 @@ def millions(module):
 @pytest.mark.parametrize("name, channels, size", [
     pytest.param(name, *about, marks=[pytest.mark.slow] if about[1] > 40 else [])
     for name, about in ENCODERS.items()])
-def test_one_step_and_one_prediction(random_weights, name, channels, size):
+def test_one_step_and_one_prediction(monkeypatch, name, channels, size):
+    load_nothing(monkeypatch)
     torch.manual_seed(0)
     encoder = stage.Encoder(name)
     assert list(encoder.channels) == channels and abs(millions(encoder) - size) < .1

@@ -81,34 +81,11 @@ def test_a_steps_bytes_are_those_by_hand(memory):
     assert before.abs().sum() > 0 and network[0].weight is not before
 
 
-def test_a_cell_names_the_smallest_card(memory):
-    cells = [memory.cell(gigabytes * 2 ** 30) for gigabytes in (10.4, 10.6, 13.6, 21.1)]
-    assert cells == ["11.4 (12 GB)", "11.6 (16 GB)", "14.6 (24 GB)", "22.1 (none of these)"]
-
-
 # ------------------------------------------------------------ what only shows elsewhere
-@pytest.fixture
-def bench_gpu(monkeypatch):
-    import bench_gpu
+def test_waits_for_the_gpu_are_those_that_a_longer_run_has_more(monkeypatch, capsys):
     monkeypatch.setattr(open_clip, "create_model", open_clip.create_model)      # put back later
-    monkeypatch.setattr(bench_gpu, "FAILED", [])
-    return bench_gpu
+    import bench_gpu
 
-
-def test_what_fails_is_named_with_its_error_and_the_rest_goes_on(bench_gpu, capsys):
-    with bench_gpu.guarded("a part", "TF32"):
-        raise ValueError("one | two\nthree")
-    assert "| a part | TF32 | failed: ValueError: one / two three |" in capsys.readouterr().out
-    assert bench_gpu.FAILED == ["a part"]
-
-
-def test_after_the_last_minute_nothing_new_begins(bench_gpu, monkeypatch):
-    monkeypatch.setattr(bench_gpu, "STARTED", bench_gpu.STARTED - 60 * bench_gpu.MINUTES)
-    with pytest.raises(TimeoutError, match="left out"):
-        bench_gpu.measure(list)
-
-
-def test_waits_for_the_gpu_are_those_that_a_longer_run_has_more(bench_gpu, monkeypatch, capsys):
     def run_main(stage, OUT, ITERATIONS, **constants):      # 5 at the start, 3 per step
         for _ in range(5 + 3 * ITERATIONS):
             warnings.warn("called a synchronizing CUDA operation")

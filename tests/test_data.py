@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-import check_data
 import common
 from common import IGNORE
 from conftest import ROOT, module_of, script
@@ -82,13 +81,6 @@ def test_the_gta_pairs_of_unequal_size_are_left_out(paper, put):
     assert 24_966 - len(paper.GTA_LEFT_OUT) == paper.LAYOUTS["gta"][3][0] == 24_904
 
 
-def test_pairs_are_sorted(paper, put):
-    for name in "cab":
-        put(f"bdd100k/images/10k/val/{name}.jpg", np.zeros((2, 3, 3)))
-        put(f"bdd100k/labels/sem_seg/masks/val/{name}.png", np.zeros((2, 3)))
-    assert [image.stem for image, _ in paper.pairs("bdd", "val")] == ["a", "b", "c"]
-
-
 def test_folders_above_that_are_named_like_parts_of_a_layout_do_no_harm(paper, put, tmp_path):
     paper.DATA = str(tmp_path / "images/RGB")
     put("images/RGB/synthia/RGB/0.png", np.zeros((1, 3, 3)))
@@ -159,16 +151,6 @@ def test_names_colours_and_ids_are_those_of_cityscapesscripts(paper):
     ours = [(name, row[0], *row[1]) for name, row in paper.TABLE.items()]
     theirs = {row.trainId: (row.name, row.color, row.id) for row in labels if not row.ignoreInEval}
     assert ours == [theirs[train_id] for train_id in range(19)]
-
-
-@needs(REAL / "cityscapes")
-def test_a_real_download_is_read(paper):
-    paper.DATA = str(REAL)
-    train_ids = np.array([CITYSCAPES.get(k, IGNORE) for k in range(35)])
-    for image, path in paper.pairs("cityscapes", "val")[:3]:
-        label = paper.read_pair(image, path, "cityscapes")[1]
-        assert np.array_equal(label, train_ids[np.asarray(Image.open(path))])
-        assert (label != IGNORE).mean() > .5
 
 
 def test_the_toy_preset_names_twelve_classes_with_the_same_colours(paper):
@@ -473,18 +455,6 @@ def test_workers_and_a_later_start_give_the_same_batches(crops):
 
 
 # ---------------------------------------------------------------------------- check_data.py
-def test_good_folders_pass_with_shares_and_a_sheet_each(put, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(check_data, "RUN", str(tmp_path / "run"))
-    for name in "ab":
-        put_set(put, f"{name}/x", [np.ones((8, 12))])
-    check_data.main([f"folder:{tmp_path}/a/x", f"folder:{tmp_path}/b/x"])
-    output = capsys.readouterr().out
-    assert "sidewalk 100.0 %" in output and "not seen: road, building" in output
-    sheets = list((tmp_path / "run/check").iterdir())
-    assert len(sheets) == 2         # though both folders have one name
-    assert all(str(sheet) in output and Image.open(sheet).width > 300 for sheet in sheets)
-
-
 def test_all_sets_are_checked_even_if_an_earlier_one_is_wrong(put, tmp_path):
     for i in range(4):
         put(f"acdc/rgb_anon/fog/val/G/{i}_rgb_anon.png", np.zeros((8, 12, 3)))
@@ -502,8 +472,3 @@ def test_all_sets_are_checked_even_if_an_earlier_one_is_wrong(put, tmp_path):
     assert "sky 25.0 %" in done.stdout and "no label 75.0 %" in done.stdout
     sheets = [path.name for path in (tmp_path / "run/check").iterdir()]
     assert len(sheets) == 2 and "acdc_fog_val.png" in sheets    # none where sizes are wrong
-
-
-def test_without_a_name_check_data_explains_itself():
-    with pytest.raises(SystemExit, match="python tests/check_data.py gta"):
-        check_data.main([])

@@ -46,12 +46,6 @@ def test_many_scenes_are_drawn_by_other_processes_in_their_order():
         assert captions[i] == caption
 
 
-def test_an_instance_has_one_class():
-    _, label, instance, _ = world.draw(3, "day")
-    for number in np.unique(instance):
-        assert len(np.unique(label[instance == number])) == 1
-
-
 def test_a_caption_names_what_is_there_and_parses_as_a_prompt():
     stage = fresh("01_prompts")
     table = stage.word_table(stage.WORDS)

@@ -15,7 +15,6 @@ import scores
 import torch
 import world
 from PIL import Image
-from references import PerfectSam
 
 import common
 from common import IGNORE
@@ -70,32 +69,6 @@ def test_numbers_of_an_earlier_commit_are_never_shown_as_todays():
     assert parts("a", "b") == [("new", ""), ("", "1.0"), ("", "2.0")]
     assert parts("a", "c") == [("old", ""), ("", "8.0"), ("", "9.0")]
     assert [b or a for a, b in parts("a", "b", "c")] == ["new", "1.0", "2.0", "old", "8.0", "9.0"]
-
-
-def test_the_table_of_labels_has_right_and_labelled_per_cent():
-    found = dict.fromkeys(report.STYLES, {"right": .75, "labelled": .4, "miou": 30.})
-    found["fog"] = {"right": .5, "labelled": .4, "miou": 30.}
-    text = report.table_of_labels({"redrawn by SAM": found}, report.LABELS)
-    assert text.splitlines()[-1] == ("| redrawn by SAM | 75 (40) | 75 (40) | 75 (40) | 50 (40) | "
-                                     "75 (40) | 70 (40) | 30.0 |")
-
-
-def test_a_figure_is_drawn_of_rows_that_have_all_seeds(tmp_path):
-    found = {"source_only": row_of(30., 31., 32.), "sam": row_of(34., 35., 36.),
-             "points_1": row_of(33., 33., 34.), "points_10": row_of(40.)}
-    title, wanted = report.FIGURES["figure6_points"]
-    assert report.draw_figure(tmp_path / "f.png", found, title, wanted)
-    assert Image.open(tmp_path / "f.png").size == (520, 300)
-    del found["sam"]
-    assert not report.draw_figure(tmp_path / "g.png", found, title, wanted)
-    assert not (tmp_path / "g.png").exists()
-
-
-def test_bars_leave_out_rows_that_were_not_run(tmp_path):
-    found = {"sam": row_of(36., 38.)}
-    report.draw_bars(tmp_path / "bars.png", found, report.TABLE4)
-    report.draw_bars(tmp_path / "same.png", found, {"sam": report.TABLE4["sam"]})
-    assert (tmp_path / "bars.png").read_bytes() == (tmp_path / "same.png").read_bytes()
 
 
 def test_every_row_of_every_table_can_be_run_and_has_constants_of_its_stage():
@@ -200,17 +173,6 @@ def test_another_decoder_takes_the_place_of_ours(selftrain, oracle, masks):
     assert classes.shape == (4, 2, 4, 3) and logits.shape == (4, 2, 4, *masks)
     # as load_model builds it
     selftrain.source_stage.Decoder(**decoder.sizes).load_state_dict(decoder.state_dict())
-
-
-def test_the_random_tower_is_clip_with_other_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "ROOT", tmp_path)
-    rows.draw_random_tower()
-    encoder = fresh("03_train_source").Encoder
-    ours = encoder(f"open_clip:local-dir:{tmp_path}/random_clip")
-    shipped = encoder(f"open_clip:local-dir:{rows.HERE}/weights/clip")
-    for a, b in zip(ours.parameters(), shipped.parameters(), strict=True):
-        assert a.shape == b.shape
-        assert a.dim() < 4 or not torch.equal(a, b)
 
 
 # ------------------------------------------------------------------- ideas
@@ -417,36 +379,7 @@ def test_the_weather_that_a_prompt_asks_for(place, style):
     assert scores.style_of(place) == style
 
 
-HALVES = np.repeat([[0] * 4 + [1] * 4], 8, 0).astype(np.uint8)
-
-
-def test_a_perfect_sam_scores_one_on_every_piece(monkeypatch):
-    perfect = PerfectSam(torch.from_numpy(HALVES))
-    monkeypatch.setattr(scores, "SamPredictor", lambda sam: perfect)
-    random = np.random.default_rng(0)
-    classes, areas, _, ious = scores.sam_on_scene(None, None, HALVES, random)
-    assert classes.tolist() == [0, 1] and areas.tolist() == [32, 32] and (ious == 1).all()
-
-
 # ------------------------------------------------------------------- pretraining
-def test_codes_that_keep_pieces_apart_cost_little_and_equal_codes_more():
-    apart = torch.from_numpy(HALVES[None, None] * 10.).expand(1, 2, -1, -1)
-    low, none = (pretrain.same_piece(codes, [HALVES.astype(int)], np.random.default_rng(0))
-                 for codes in (apart, torch.zeros(1, 2, 8, 8)))
-    assert low == pytest.approx(np.log1p(np.exp(-2.)), abs=1e-3)
-    assert none == pytest.approx(np.log1p(np.exp(-2.)) + np.log1p(np.exp(2.)), abs=1e-4)
-
-
-def test_a_mask_that_is_right_costs_sam_less_than_one_that_is_wrong():
-    truth = torch.zeros(1, 8, 8)
-    truth[:, :, :4] = 1
-    right = 10 * (2 * truth[:, None] - 1).expand(1, 3, 8, 8)
-    loss, numbers = pretrain.mask_losses(right, torch.ones(1, 3), truth, 4, True)
-    assert loss < .01 and numbers["iou"] == numbers["iou_best"] == 1 and numbers["rated"] == 0
-    wrong, numbers = pretrain.mask_losses(-right, torch.ones(1, 3), truth, 4, True)
-    assert wrong > 10 and numbers["iou"] == 0 and numbers["rated"] == 1
-
-
 def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "CACHE", tmp_path)
     clock = iter(range(10 ** 6))
