@@ -110,6 +110,15 @@ def expect_numbers(kind, low, high, count=None, **named):
         expect(right, f"{name}={value!r}: expected {what} from {low:,} to {high:,}")
 
 
+def is_constant(value):
+    """Whether a run can record a value: numbers, texts, and tuples, lists and dicts of these."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return all(map(is_constant, value))
+    return isinstance(value, (bool, int, float, str))
+
+
 def constants(stage):
     """The constants of a stage: the upper-case names that its file sets at its left margin, in the
     file's order -> {name: value}. A dict is recorded as well. Raises Stop for other kinds."""
@@ -118,10 +127,11 @@ def constants(stage):
         if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
             continue
         for node in ast.walk(statement):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id.isupper():
+            is_set = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+            if is_set and node.id.isupper() and node.id in stage:       # not a comprehension's
                 found[node.id] = stage[node.id]
     for name, value in found.items():
-        expect(isinstance(value, (bool, int, float, str, tuple, dict)),
+        expect(is_constant(value) and not isinstance(value, list),
                f"{name} = {value!r}: a constant is a bool, int, float, str or tuple, (1, 2) for "
                "[1, 2]; what is computed, or no constant, has a lower-case name")
     return found

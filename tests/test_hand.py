@@ -56,7 +56,8 @@ KIND = "a constant is a bool, int, float, str or tuple"
 
 @pytest.mark.parametrize("line, answer", [
     ("LR = None", KIND), ("CROP = [128, 256]", KIND), ("SOURCE = ['gta']", KIND),
-    ("LR = torch.tensor(1.)", KIND), ("A = 1; B = [2]", KIND),
+    ("LR = torch.tensor(1.)", KIND), ("A = 1; B = [2]", KIND), ("A = {'ce': len}", KIND),
+    ("A = torch.float16, 1", KIND), ("A = 1, None", KIND),
     ('LR = "fast"', "LR='fast': expected a number"),
     ("CROP = 128", "CROP=128: expected a tuple of 2 whole numbers"),
     ('SOURCE = "gta"', "SOURCE='gta': expected a tuple of data sets"),
@@ -77,10 +78,10 @@ def test_a_constant_may_have_any_name(edited, launched, name):
 
 
 def test_names_that_are_imported_or_local_are_no_constants(edited):
-    module = edited("04_selftrain", "A, B = 1, 2")
+    module = edited("04_selftrain", "A, B = (N + 1 for N in (0, 1))")
     found = common.constants(vars(module))
     assert (found["A"], found["B"]) == (1, 2)
-    assert not {"CLASSES", "IGNORE", "DATA", "RUN", "MINIATURES", "E", "D"} & set(found)
+    assert not {"CLASSES", "IGNORE", "DATA", "RUN", "MINIATURES", "E", "D", "N"} & set(found)
 
 
 @pytest.mark.parametrize("name", ["POINTS", "CROP", "LOSS_WEIGHTS", "GRAD_CLIP", "SCHEDULE"])
