@@ -560,7 +560,7 @@ def mask_loss(class_logits, mask_logits, labels, n_points, weights, no_object, u
     mask_ce, dice = mask_costs(logits, target, (ids != IGNORE).float())
     n = over_processes(masks.new_full((), len(cls) / len(class_logits)), 1)
     terms = {"class": class_ce.sum(), "mask": mask_ce.sum() / n, "dice": dice.sum() / n}
-    return sum(w * term for w, term in zip(weights, terms.values())), terms
+    return sum(w * term for w, term in zip(weights, terms.values(), strict=True)), terms
 
 
 def over_processes(total, least):

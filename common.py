@@ -206,7 +206,7 @@ def launch(stage):
     if RANK or sys.stdout is None:
         sys.stdout = open(os.devnull, "w")                          # one process prints
     if hasattr(sys.stdout, "reconfigure"):                          # a notebook's has not
-        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     if len(tempfile.gettempdir()) > 70 and os.path.isdir("/tmp"):   # a socket's path: 107 at most
         os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
     try:
@@ -310,7 +310,7 @@ def whole(path):
 
 def write_text(path, text):
     with whole(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
@@ -351,7 +351,7 @@ def digest(contents):
     """The first 16 hexadecimal digits of the SHA-256 of texts or bytes, one after another."""
     total = hashlib.sha256()
     for content in contents:
-        total.update(content.encode() if isinstance(content, str) else content)
+        total.update(os.fsencode(content))              # names of files may be of any encoding
     return total.hexdigest()[:16]
 
 
@@ -752,7 +752,7 @@ def save_sheet(path, rows):
         axes.axis("off")
     for axes, (title, array) in zip(grid.flat, sum(rows, [])):
         axes.imshow(COLOURS[array] if array.ndim == 2 else array)
-        axes.set_title(title, fontsize=7, parse_math=False)
+        axes.set_title(title.encode(errors="replace").decode(), fontsize=7, parse_math=False)
     if any(array.ndim == 2 for _, array in rows[0]):
         patches = [Patch(color=row[0] / np.array(255)) for row in TABLE.values()]
         figure.legend([*patches, Patch(color="black")], [*CLASSES, "no label"], fontsize=7,

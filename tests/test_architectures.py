@@ -77,6 +77,8 @@ def test_sams_official_weights_are_fetched_once_and_checked(monkeypatch, tmp_pat
         return torch.nn.Linear(1, 1)
     monkeypatch.setattr(selftrain, "sam_model_registry", {"vit_b": build})
 
+    with pytest.raises(common.Stop, match="SAM=vit_x: no such folder, and none of vit_b"):
+        selftrain.load_sam("vit_x")
     sam = selftrain.load_sam("vit_b")
     assert not sam.training and not sam.weight.requires_grad
     there.write_bytes(content[:-1])

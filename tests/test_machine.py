@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -81,11 +82,6 @@ def test_a_stranger_without_git_home_or_name_trains_from_others_checkout(tmp_pat
     run = tmp_path / "run"
     done = started(run, data, before=become, cwd=tmp_path, HOME=None, PATH="/nowhere")
     assert_same(done, run, wanted)
-
-
-def test_no_git_leaves_the_commit_empty(monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert common.git_commit() == ""
 
 
 # ---------------------------------------------------------------------------- readers
@@ -217,6 +213,16 @@ def test_a_file_that_ends_in_part_stays(tmp_path, data):
     os.utime(mine, (0, 0))
     assert here(STAGE, *arguments, run=tmp_path, data=data) is None
     assert mine.read_text() == "half a download"
+
+
+@pytest.mark.skipif(not LINUX, reason="other systems allow no such names")
+def test_names_of_files_may_be_of_another_encoding(start, folder):
+    stem = os.fsdecode("Straße".encode("latin-1"))
+    name = folder({stem: np.zeros((64, 64, 3))}, {stem: np.eye(64)}, stem)
+    short = "--ITERATIONS=1", "--BATCH=1", "--POINTS=64"
+    assert start(STAGE, *short, f"--SOURCE={name}") is None
+    assert start("05_eval", f"--TARGETS={name}") is None
+    assert start("05_eval", f"--IMAGES={name.removeprefix('folder:')}/images") is None
 
 
 # ---------------------------------------------------------------------------- source

@@ -175,12 +175,6 @@ def test_generated_is_an_index_or_a_folder_of_pictures(say, finished, tmp_path, 
     assert answer in message and brief(message) and not (tmp_path / "run").exists()
 
 
-def test_sam_that_is_no_folder_and_none_of_its_sizes(say, finished, tmp_path):
-    arguments = f"--INIT={finished[0]}/03_train_source/model.safetensors", "--SAM=vit_x"
-    message = say("04_selftrain", *arguments, f"--GENERATED=folder:{finished[0]}/02_generate")
-    assert "SAM=vit_x" in message and "vit_h" in message and brief(message)
-
-
 def test_an_embedding_that_is_damaged_is_made_again(tmp_path):
     path, good = tmp_path / "a.npy", np.ones((4, 2, 2), np.float16)
     is_embedding = fresh("04_selftrain").is_embedding

@@ -20,8 +20,8 @@ hold for all its rows. Rows lie in runs/report/seedS/ROW, two are trained at a t
 each, and a command that was stopped goes on where it was. What each row is, says rows.py.
 
 results.json holds scores of the test split, except `validation`, `tried` and `sizes`, which are of
-the validation split; what is in it and not in runs/report is kept. `before` are the scores that an
-earlier commit had. README.md is report.md with the tables in it.
+the validation split; what is in it and not in runs/report is kept.
+README.md is report.md with the tables in it.
 """
 import json
 import re
@@ -292,13 +292,14 @@ def last_loss(folder):
 
 def gather():
     """runs/report -> results.json: {"rows": {row: {seed: {style: {"miou", "iou"}}}}, "validation":
-    the same on validation scenes, "loss": {row: {seed: last_loss()}}, "code": {row: commits},
-    "before": {"code", "rows"}, "models", "tried", "sizes", "toy"}. Rows in it that are not in
-    runs/report stay, unless there is no such row any more."""
-    kinds = ("rows", "validation", "loss", "code", "models", "tried", "sizes", "toy", "before")
+    the same on validation scenes, "loss": {row: {seed: last_loss()}}, "code": {row: {seed:
+    commit}}, "models", "tried", "sizes", "toy"}. Rows in it that are not in runs/report stay,
+    unless there is no such row any more."""
+    kinds = ("rows", "validation", "loss", "code", "models", "tried", "sizes", "toy")
     results = {kind: {} for kind in kinds}
     if RESULTS.exists():
-        results |= json.loads(RESULTS.read_text())
+        old = json.loads(RESULTS.read_text())
+        results |= {kind: old[kind] for kind in kinds if kind in old}
     for kind, known in (("rows", ROWS), ("validation", ROWS), ("loss", ROWS), ("code", ROWS),
                         ("models", SCORES), ("tried", TRIED), ("sizes", SIZES)):
         results[kind] = {name: row for name, row in results[kind].items() if name in known}
@@ -308,8 +309,7 @@ def gather():
             row, seed = found["row"], str(found["seed"])
             results[kind].setdefault(row, {})[seed] = scores_of(path)
             results["loss"].setdefault(row, {})[seed] = last_loss(path.parent)
-            commits = {*results["code"].get(row, ()), found["code"]}
-            results["code"][row] = sorted(commits)
+            results["code"].setdefault(row, {})[seed] = found["code"]
     for name, changes in (("tried", TRIED), ("sizes", SIZES)):
         for title in changes:
             path = folder_of_change(name, title) / "validation.json"
@@ -408,19 +408,13 @@ def table_of_classes(found, wanted, base=None):
     return markdown(["IoU, mean of styles and seeds", *common.CLASSES], lines)
 
 
-def now_and_before(results, make, wanted, base):
-    """make(rows, wanted, base) of what today's code has made, if that is most of the rows; if any
-    row is missing, also of what the code before has made. Each says of which commit it is."""
-    parts, before = [], results["before"]
-    now = [name for name in wanted if name in results["rows"]]
-    if 2 * len(now) > len(wanted):
-        commits = {commit for name in now for commit in results["code"][name]}
-        parts.append(f"Of commit {' and '.join(sorted(commits))}:\n\n"
-                     f"{make(results['rows'], wanted, base)}")
-    if len(now) < len(wanted) and before:
-        parts.append(f"**Not measured again**, of commit {before['code']}:\n\n"
-                     f"{make(before['rows'], wanted, base)}")
-    return "\n\n".join(parts)
+def with_commits(results, make, wanted, base):
+    """make(rows, wanted, base), below the commits of whose scripts its numbers are."""
+    commits = set()
+    for name in wanted:
+        commits |= set(results["code"].get(name, {}).values())
+    text = make(results["rows"], wanted, base)
+    return f"Of commit {' and '.join(sorted(commits))}:\n\n{text}"
 
 
 def table_of_sizes(found):
@@ -603,13 +597,13 @@ def draw_pictures(painted=4):
 
 # ------------------------------------------------------------------- the report
 def tables(results):
-    both, checked = partial(now_and_before, results), results["validation"]
+    made, checked = partial(with_commits, results), results["validation"]
     return {
-        "table4": both(table, TABLE4, "source_only"),
-        "classes": both(table_of_classes, TABLE4, "source_only"),
-        "oracles": both(table, ORACLES, "source_only"),
-        "table5": both(table, TABLE5, "source"),
-        "more": both(table, ABLATIONS, "sam"),
+        "table4": made(table, TABLE4, "source_only"),
+        "classes": made(table_of_classes, TABLE4, "source_only"),
+        "oracles": made(table, ORACLES, "source_only"),
+        "table5": made(table, TABLE5, "source"),
+        "more": made(table, ABLATIONS, "sam"),
         "settings": table_of_settings(checked),
         "ideas": table(checked, IDEAS, "sam"),
         "sizes": table_of_sizes(results["sizes"]),
@@ -651,13 +645,9 @@ def compare(run):
     for stage, row in (("03_train_source", "source"), ("04_selftrain", "sam")):
         common.expect(stage in mine, f"{scored} has no {stage}: run 05_eval.py after it")
         compare_logs(Path(run, stage), HERE / f"log_{stage[:2]}.jsonl")
-        seeds, found = results["rows"].get(row, {}), {}
-        if len(seeds) < len(FEW_SEEDS):     # too few have been trained since the scripts changed
-            seeds = results["before"]["rows"][row]
-            print(f"  the seeds below are of commit {results['before']['code']}")
-        else:
-            losses = list(results["loss"][row].values())
-            found["loss at the end"] = last_loss(Path(run, stage)), losses
+        seeds, found = results["rows"][row], {}
+        losses = list(results["loss"][row].values())
+        found["loss at the end"] = last_loss(Path(run, stage)), losses
         for target, scores in mine[stage].items():
             style = Path(target).name
             found[style] = scores["miou"], [scores[style]["miou"] for scores in seeds.values()]

@@ -59,16 +59,11 @@ def test_one_seed_has_no_spread_and_a_row_that_was_not_run_is_left_out():
     assert report.table_of_classes(found, titles).splitlines()[2] == "| a |" + " 10 |" * 12
 
 
-def test_numbers_of_an_earlier_commit_are_never_shown_as_todays():
-    results = {"rows": {"a": row_of(1.), "b": row_of(2.)}, "code": {"a": ["new"], "b": ["new"]},
-               "before": {"code": "old", "rows": {"a": row_of(8.), "c": row_of(9.)}}}
-
-    def parts(*wanted):
-        text = report.now_and_before(results, report.table, dict.fromkeys(wanted, "title"), "a")
-        return re.findall(r"commit (\w+)|\*\*(\d.0)\*\*", text.replace("Commit", "commit"))
-    assert parts("a", "b") == [("new", ""), ("", "1.0"), ("", "2.0")]
-    assert parts("a", "c") == [("old", ""), ("", "8.0"), ("", "9.0")]
-    assert [b or a for a, b in parts("a", "b", "c")] == ["new", "1.0", "2.0", "old", "8.0", "9.0"]
+def test_a_table_names_the_commits_of_its_numbers():
+    results = {"rows": {"a": row_of(1.), "b": row_of(2.), "c": row_of(9.)},
+               "code": {"a": {"0": "old", "1": "new"}, "b": {"0": "new"}, "c": {"0": "other"}}}
+    text = report.with_commits(results, report.table, {"a": "title", "b": "title"}, "a")
+    assert text.startswith("Of commit new and old:\n\n|") and "9.0" not in text
 
 
 def test_every_row_of_every_table_can_be_run_and_has_constants_of_its_stage():
@@ -88,7 +83,7 @@ def test_results_of_rows_that_are_no_more_are_dropped_and_others_kept(tmp_path, 
     monkeypatch.setattr(rows, "ROOT", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results.json")
     old = {"rows": {"purity": row_of(1.), "raw": row_of(2.), "sam": row_of(3., 4.)},
-           "before": {"code": "old", "rows": {"sam": row_of(7.)}}}
+           "code": {"sam": {"0": "old", "1": "old"}}, "no part of it": {}}
     (tmp_path / "results.json").write_text(json.dumps(old))
     of_style = {"miou": 5., "iou": dict.fromkeys(common.CLASSES, 5.)}
     new = {"row": "sam", "seed": 1, "code": "new", "mean": 5.,
@@ -98,8 +93,8 @@ def test_results_of_rows_that_are_no_more_are_dropped_and_others_kept(tmp_path, 
     results = report.gather()
     assert set(results["rows"]) == {"raw", "sam"} and results["validation"] == {}
     assert [report.mean_of(results["rows"]["sam"], seed) for seed in "01"] == [3., 5.]
-    assert results["loss"] == {"sam": {"1": 8.}} and results["code"] == {"sam": ["new"]}
-    assert results["before"] == old["before"]           # the mean of 6 to 10 is 8
+    assert results["loss"] == {"sam": {"1": 8.}}        # the mean of 6 to 10
+    assert results["code"] == {"sam": {"0": "old", "1": "new"}} and "no part of it" not in results
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
@@ -117,9 +112,7 @@ def test_the_readmes_hold_the_numbers_of_results_json():
         line = [stage, *(f"{score:.1f}" for score in scores), f"**{np.mean(scores):.1f}**"]
         assert f"| {' | '.join(line)} |" in readme
     for name in ("source", "source_only", "sam"):
-        row = results["rows"].get(name, {})
-        if len(row) < 3:
-            row = results["before"]["rows"][name]
+        row = results["rows"][name]
         mean, spread = report.mean_and_spread([report.mean_of(row, seed) for seed in row])
         assert f"{mean:.1f} ± {spread:.1f}" in readme
 
@@ -352,11 +345,6 @@ def test_a_run_is_compared_with_the_spread_of_the_seeds(tmp_path, monkeypatch, c
     assert report.compare(tmp_path / "bad") == 6        # five styles and their mean
     with pytest.raises(common.Stop, match="05_eval.py writes it"):
         report.compare(tmp_path / "none")
-    new = {"rows": {"source": row_of(1.)}, "before": {"code": "old", "rows": seeds}}
-    report.RESULTS.write_text(json.dumps(new))          # a single seed of today's code
-    capsys.readouterr()
-    assert report.compare(tmp_path / "good") == 0
-    assert "the seeds below are of commit old" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------- scores of the models
