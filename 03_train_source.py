@@ -646,7 +646,7 @@ def load_model(path):
     encoder.is_pretrained = not any(name.startswith("encoder.") for name in weights)
     with torch.device("meta"):              # its weights are those of the file
         decoder = Decoder(**sizes)
-    with common.explain(damaged, remedy):
+    with common.explain(f"{path} does not fit the network that 03 now defines", remedy):
         network(encoder, decoder).load_state_dict(weights, assign=True)
     return encoder.eval(), decoder.eval(), about
 
@@ -672,7 +672,7 @@ class Progress:
         self.run.compare(state["constants"])
         self.first, self.lines = state["step"], state["lines"]
         for name, part in self.parts.items():
-            with common.explain(damaged, remedy):
+            with common.explain(f"{self.checkpoint} does not fit today's scripts", remedy):
                 part.load_state_dict(state[name])
             numbers = part.parameters() if isinstance(part, nn.Module) else ()
             expect(all(value.isfinite().all() for value in numbers),

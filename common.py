@@ -326,7 +326,7 @@ def explain(what, remedy):
         memory = isinstance(error, torch.OutOfMemoryError) or memory_is_full(error)
         if isinstance(error, Stop) or memory or mistake and file.parent == HERE:
             raise
-        words = (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise Stop(f"{what} ({words})\n  {remedy}") from error
 
 

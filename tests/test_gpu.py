@@ -3,7 +3,6 @@
     python -m pytest tests/test_gpu.py                  on a machine with a GPU
     REHEARSE=cpu python -m pytest tests/test_gpu.py     the test code itself: CPU against CPU
 """
-import json
 import os
 import warnings
 
@@ -130,13 +129,6 @@ def test_half_precision_paints_pictures():
 
 
 # ---------------------------------------------------------------------------- the scripts
-def test_all_five_scripts_ran_on_the_gpu(finished):
-    for stage in SMALL:
-        record = json.loads((finished[0] / stage / "run.json").read_text())
-        assert not CUDA or record["device"] == torch.cuda.get_device_name()
-    assert (finished[0] / "05_eval/results.json").exists()
-
-
 @pytest.mark.parametrize("stage", ["03_train_source", "04_selftrain"])
 def test_a_run_goes_on_with_nearly_the_same_losses(finished, data, tmp_path, stage):
     arguments = stage, *SMALL[stage], f"--OUT={tmp_path}/out"

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import common
@@ -154,6 +155,13 @@ def test_a_run_that_was_moved_is_the_same_run(trained, tmp_path, data, capsys):
 
 def test_the_folder_of_a_run_stands_for_its_network(again, trained):
     assert again("04_selftrain", f"--INIT={trained}/03_train_source") is None
+
+
+def test_a_network_from_before_an_edit_is_not_called_damaged(trained, data):
+    def edit(stage):
+        stage.source_stage.network = lambda encoder, decoder: torch.nn.ModuleDict({"D": decoder})
+    message = here("05_eval", run=trained, data=data, change=edit)
+    assert "does not fit the network that 03 now defines (RuntimeError: Error(s) in" in message
 
 
 # ---------------------------------------------------------------------------- mistakes in the code

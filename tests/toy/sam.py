@@ -13,7 +13,6 @@ is added back as "no mask" before masks are enlarged. All of this is behind Sam'
 import json
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
