@@ -16,7 +16,7 @@ from collections import Counter
 
 import common
 import torch
-from common import CLASSES, RUN, expect, expect_numbers, preset
+from common import CLASSES, RUN, expect, expect_kind, expect_numbers, preset
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------- constants
@@ -51,8 +51,10 @@ WORDS = {name: words.split(", ") for name, words in WORDS.items()}
 
 def check():
     """Refuse what would fail late or keep nonsense in silence. Raises Stop."""
-    expect(isinstance(SOURCE_CLASSES, tuple) and set(SOURCE_CLASSES) <= set(CLASSES) and
-           len(SOURCE_CLASSES) == len(set(SOURCE_CLASSES)) > 0,
+    expect_kind(str, OUT=OUT, LLM=LLM, SCENES=SCENES, PLACE=PLACE)
+    expect_kind(tuple, SOURCE_CLASSES=SOURCE_CLASSES)
+    known = set(SOURCE_CLASSES) & set(CLASSES)
+    expect(SOURCE_CLASSES and len(known) == len(SOURCE_CLASSES),
            f"{SOURCE_CLASSES=}: expected some of {', '.join(CLASSES)}, each once")
     expect_numbers(int, 1, 100_000, N_PROMPTS=N_PROMPTS, TRIES=TRIES)
     expect_numbers(float, .01, 10, TEMPERATURE=TEMPERATURE)

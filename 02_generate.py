@@ -20,7 +20,7 @@ from pathlib import Path
 import common
 import numpy as np
 import torch
-from common import RUN, expect, expect_numbers, preset
+from common import RUN, expect, expect_kind, expect_numbers, preset
 from PIL import Image
 from tqdm import tqdm
 
@@ -43,6 +43,7 @@ SEED = 0
 
 def check():
     """Refuse what would fail late, hang, or paint nonsense in silence. Raises Stop."""
+    expect_kind(str, PROMPTS=PROMPTS, OUT=OUT, DIFFUSION=DIFFUSION, SHARD=SHARD)
     kinds = "float16", "bfloat16", "float32"
     expect(DTYPE in kinds, f"{DTYPE=}: expected one of {', '.join(kinds)}")
     expect_numbers(int, 1, 100_000, N_IMAGES=N_IMAGES, STEPS=STEPS, GROUP=GROUP)
@@ -50,7 +51,7 @@ def check():
     expect_numbers(int, 8, 8192, 2, SIZE=SIZE)
     expect(not any(side % 8 for side in SIZE), f"{SIZE=}: rows, columns, multiples of 8")
     expect_numbers(int, 0, 10 ** 9, SEED=SEED)
-    shard = re.fullmatch("([0-9]{1,4})/([0-9]{1,4})", str(SHARD))
+    shard = re.fullmatch("([0-9]{1,4})/([0-9]{1,4})", SHARD)
     expect(shard and int(shard[1]) < int(shard[2]), f"{SHARD=}: expected k/n, k from 0 to n - 1")
 
 

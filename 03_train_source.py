@@ -27,7 +27,8 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from common import CLASSES, DATA, IGNORE, MINIATURES, RUN, Stop, expect, expect_numbers, preset
+from common import (CLASSES, DATA, IGNORE, MINIATURES, RUN, Stop, expect, expect_kind,
+                    expect_numbers, preset)
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import safe_open
@@ -80,6 +81,8 @@ PREVIEW_EVERY = preset(toy=300, paper=2_000)
 def check():
     """Refuse what would fail late, hang, or train nonsense in silence. Raises Stop."""
     check_source(SOURCE)
+    expect_kind(str, OUT=OUT, ENCODER=ENCODER)
+    expect_kind(bool, FREEZE_ENCODER=FREEZE_ENCODER, HALF=HALF)
     expect_numbers(int, 32, 4096, DIM=DIM)
     expect(DIM % 32 == 0, f"{DIM=}: expected a multiple of 32")
     expect_numbers(int, len(CLASSES), 10_000, QUERIES=QUERIES)
@@ -106,9 +109,8 @@ def check():
 
 def check_source(names):
     """SOURCE: a tuple of data sets, each named once, whatever its spelling. Raises Stop."""
-    right = isinstance(names, tuple) and names and {type(name) for name in names} == {str}
-    expect(right and "folder:" not in names,
-           f"SOURCE={names!r}: expected a tuple of data sets, as ('gta',)")
+    expect_kind(tuple, SOURCE=names)
+    expect(names and "folder:" not in names, f"SOURCE={names!r}: expected data sets, as ('gta',)")
     folders = [Path(name.removeprefix("folder:")).resolve() for name in names]
     expect(len(set(folders)) == len(names), f"SOURCE={','.join(names)}: a data set is named twice")
 

@@ -30,7 +30,8 @@ from types import SimpleNamespace
 import common
 import numpy as np
 import torch
-from common import CLASSES, DATA, IGNORE, MINIATURES, RUN, expect, expect_numbers, preset
+from common import (CLASSES, DATA, IGNORE, MINIATURES, RUN, expect, expect_kind,
+                    expect_numbers, preset)
 from PIL import Image, ImageOps
 from scipy import ndimage
 from segment_anything import sam_model_registry
@@ -91,6 +92,8 @@ def check():
     for name in common.constants(globals()):
         expect(name not in of_init, f"{name} is that of the run of INIT: set it in 03, train again")
     source_stage.check_source(SOURCE)
+    expect_kind(str, INIT=INIT, GENERATED=GENERATED, OUT=OUT, SAM=SAM)
+    expect_kind(bool, FREEZE_ENCODER=FREEZE_ENCODER, HALF=HALF)
     expect(GENERATED != "folder:", f"{GENERATED=}: expected folder:PATH")
     expect(REFINE in ("points", "off", "vote"), f"{REFINE=}: expected points, off or vote")
     expect(UNLABELLED in ("ignore", "negative"), f"{UNLABELLED=}: expected ignore or negative")

@@ -23,7 +23,8 @@ from pathlib import Path
 import common
 import numpy as np
 import torch
-from common import CLASSES, COLOURS, DATA, IGNORE, RUN, Stop, expect, expect_numbers, preset
+from common import (CLASSES, COLOURS, DATA, IGNORE, RUN, Stop, expect, expect_kind,
+                    expect_numbers, preset)
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -51,8 +52,9 @@ WORKERS = preset(toy=0, paper=4)            # processes that read ahead; 0 is be
 
 def check():
     """Refuse what would fail late, hang, or score nonsense in silence. Raises Stop."""
-    for name, value in {"TARGETS": TARGETS, "CHECKPOINTS": CHECKPOINTS, "SCORED": SCORED}.items():
-        expect(isinstance(value, tuple), f"{name}={value!r}: expected a tuple of names, as ('a',)")
+    expect_kind(tuple, TARGETS=TARGETS, CHECKPOINTS=CHECKPOINTS, SCORED=SCORED)
+    expect_kind(str, OUT=OUT, IMAGES=IMAGES)
+    expect_kind(bool, HALF=HALF)
     titles = {Path(target).name for target in TARGETS}
     expect(TARGETS and len(titles) == len(TARGETS),
            f"TARGETS={','.join(TARGETS)}: expected targets whose last folders differ")

@@ -110,6 +110,15 @@ def expect_numbers(kind, low, high, count=None, **named):
         expect(right, f"{name}={value!r}: expected {what} from {low:,} to {high:,}")
 
 
+def expect_kind(kind, **named):
+    """Raise Stop unless every constant NAME=value is a bool, a str, or a tuple of str."""
+    what = {bool: "True or False", str: "a text in quotes", tuple: "a tuple of texts, as ('a',)"}
+    for name, value in named.items():
+        items = value if isinstance(value, tuple) else ()
+        right = type(value) is kind and all(isinstance(item, str) for item in items)
+        expect(right, f"{name}={value!r}: expected {what[kind]}")
+
+
 def is_constant(value):
     """Whether a run can record a value: numbers, texts, and tuples, lists and dicts of these."""
     if isinstance(value, dict):

@@ -1,7 +1,6 @@
 """Scores counted by hand, and by cityscapesScripts where it is installed."""
 import json
 import os
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -79,14 +78,6 @@ def test_scores_are_resized_before_the_best_is_taken(stage, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- names and tables
-@pytest.mark.parametrize("other, refused", [("folder:a/dusk/", False), ("folder:b/day", True)])
-def test_folders_are_told_apart_with_and_without_a_last_slash(stage, other, refused):
-    stage.TARGETS = "folder:a/day/", other
-    stage.SCORED = tuple(stage.CLASSES)
-    with pytest.raises(common.Stop, match="TARGETS") if refused else nullcontext():
-        stage.check()
-
-
 def row(name, *targets):
     """A row of results.json; targets: (name, mIoU, IoU of the classes)"""
     found = {target: {"miou": miou, "iou": iou} for target, miou, iou in targets}

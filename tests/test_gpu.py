@@ -1,8 +1,7 @@
 """The GPU against the CPU, on the toy preset's miniatures. Skipped without CUDA.
 
     python -m pytest tests/test_gpu.py                  on a machine with a GPU
-    REHEARSE=cpu python -m pytest tests/test_gpu.py     the test code itself: CPU against CPU
-"""
+    REHEARSE=cpu python -m pytest tests/test_gpu.py     the test code itself: CPU against CPU"""
 import os
 import warnings
 

@@ -99,8 +99,8 @@ BAD = {
     "04_selftrain": """REFINE=purity SAM_POINTS=0 SAM_MIN_AREA=-1 SAM_CHUNK=0 SAM_BATCH=0 EMA=2
         EMA=-1 EMA=nan EMA_EVERY=0 N_SOURCE=0 N_GENERATED=-1 N_PICTURES=-1 ITERATIONS=0
         SOURCE=gta,gta SEED=-1 LR=nan SAVE_EVERY=0 UNLABELLED=maybe OUT=""",
-    "05_eval": """TARGETS= TARGETS=bdd,bdd PROTOCOL=other SHORT_SIDE=-1 SHORT_SIDE=100000
-        SHORT_SIDE=1 SCORED= SCORED=dog SCORED=car,car PANELS=-1 WORKERS=-1 OUT="""}
+    "05_eval": """TARGETS= TARGETS=bdd,bdd TARGETS=folder:a/day/,folder:b/day SHORT_SIDE=100000
+        PROTOCOL=other SHORT_SIDE=1 SCORED= SCORED=dog SCORED=car,car PANELS=-1 WORKERS=-1 OUT="""}
 
 
 @pytest.mark.parametrize("stage, value", [

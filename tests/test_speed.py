@@ -1,5 +1,5 @@
-"""How often a training step waits for the GPU, and what a trainable encoder keeps, counted on a
-CPU: a wait leaves the GPU idle, and on a CPU it costs nothing, so that nobody would notice it."""
+"""What nobody would notice on a CPU, counted on a CPU: how often a training step waits for the GPU,
+and what a trainable encoder keeps."""
 import pytest
 import torch
 from references import Waits, write_convnext
