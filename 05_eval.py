@@ -10,7 +10,7 @@
 
 One confusion matrix per target counts the labelled pixels of all images: IoU = TP / (TP + FP + FN),
 mIoU is the mean over classes, in percent. There are two protocols:
-    native    scores up-sampled to the truth's own size; a class that is predicted but nowhere in
+    native    scores resized to the truth's own size; a class that is predicted but nowhere in
               the truth counts 0: as cityscapesScripts, and the number to compare across papers.
     clouds    truth resized to the network's input, classes that it lacks left out: officially.
 Folders whose names differ only in a suffix, 04_selftrain and 04_selftrain_seed1, are seeds of one
@@ -37,7 +37,7 @@ TARGETS = preset(toy=tuple(f"folder:{DATA}/toy/{s}" for s in "day night snow fog
                  paper=("cityscapes", "bdd", "mapillary"),
                  cityscapes=("acdc_night", "acdc_snow", "acdc_rain", "acdc_fog"))
 CHECKPOINTS = ()                # files, run folders, folders of runs; () = RUN/0*/model.safetensors
-IMAGES = ""                     # a folder of pictures to label with the last checkpoint
+IMAGES = ""                     # a folder of pictures to label, by the last checkpoint by name
 OUT = f"{RUN}/05_eval"
 # scoring
 PROTOCOL = "native"             # | "clouds"

@@ -2,8 +2,8 @@
 common: what the five stages share, and nothing of the method itself: the run (presets, constants
 from the shell, folders, whole files), the labels (classes, colours, ids) and the data sets.
 
-Who reads the stages needs the docstrings of preset, expect, explain, whole, Run, pairs and
-read_pair; the rest is furniture.
+To read the stages, read the docstrings of preset, expect, explain, whole, Run, pairs and read_pair;
+the rest is furniture.
 """
 import ast
 import ctypes
@@ -192,12 +192,12 @@ def one_line(problem):
         return ("the GPU's memory is full. Lower SAM_BATCH or SAM_CHUNK; or, in another --OUT, "
                 "lower BATCH, N_SOURCE or GROUP, or set HALF=True")
     if "DataLoader worker" in words or "torch_shm" in words or "shared memory" in words:
-        return ("a process that reads was ended from outside: memory or /dev/shm is full. Fewer "
+        return ("a data-loading process was killed: memory or /dev/shm is full. Fewer "
                 "--WORKERS (0: none); in a container: --ipc=host or --shm-size=8g")
     if memory_is_full(problem):
         return "the machine's memory is full: fewer --WORKERS, a smaller batch or a smaller model"
     if isinstance(problem, BrokenPipeError):
-        return "nobody reads the output any more. The same command resumes"
+        return "the program that read the output has ended. The same command resumes"
     if isinstance(problem, OSError) and problem.errno:
         return f"{problem.filename or 'the output'}: {problem.strerror}. {AGAIN}"
 
@@ -208,8 +208,8 @@ def memory_is_full(error):
 
 def launch(stage):
     """Run main() of a stage with the constants of the shell. What files, disks, models and the
-    shell do wrong ends in one line on stderr and status 1 (DEBUG=1: with the traceback); a mistake
-    in the code keeps its traceback."""
+    shell do wrong ends in a short message on stderr and status 1 (DEBUG=1: with the traceback); a
+    mistake in the code keeps its traceback."""
     script = Path(stage["__file__"]).name
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # ended from outside: as Ctrl-C
     if RANK or sys.stdout is None:
@@ -269,8 +269,9 @@ def keep_memory():
         mallopt(top_pad, 2 ** 26)
 
 
+@lru_cache
 def bfloat16(wanted):
-    """Whether bfloat16 is used: if HALF asks for it and the GPU supports it natively."""
+    """Whether bfloat16 is used: if HALF asks for it and a GPU, if there is one, has it natively."""
     if wanted and torch.cuda.is_available():
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             print(f"HALF: {torch.cuda.get_device_name()} has no bfloat16, float32 is used")
@@ -293,7 +294,7 @@ def sum_of_processes(tensor):
 
 
 def need(wanted):
-    """Stop with one message that lists every missing file. wanted: [(path, what gives it)]."""
+    """Stop with a message that names missing files, at most ten. wanted: [(path, what gives it)]."""
     missing = [f"no {path}\n  {how}" for path, how in wanted if not Path(path).exists()]
     if len(missing) > 10:
         missing[10:] = [f"... {len(missing)} files are missing"]
@@ -324,8 +325,8 @@ def write_text(path, text):
 
 @contextmanager
 def explain(what, remedy):
-    """An error of the library that is called in the block becomes one line: what failed, the
-    error's words, the remedy. Full memory and mistakes in our own code are raised unchanged."""
+    """An error of the library that is called in the block becomes two lines: what failed and the
+    error's words; the remedy. Full memory and mistakes in our own code are raised unchanged."""
     try:
         yield
     except Exception as error:
@@ -591,7 +592,7 @@ def pairs(name, split):
                 label = label.replace(old, new, 1)
             other = found.setdefault(root / label[1:], image)
             expect(other == image, f"{other} and {image} have one label: take one of them away")
-    expect(found, f"no images at {root}/{places}\n  README, 'Data', says where they come from. "
+    expect(found, f"no images at {root}/{places}\n  README, 'Data', says where they belong. "
                   "To try the code without: PRESET=toy")
     need([(label, f"it is the label of {image}") for label, image in found.items()])
     numbers = f" (official numbers of train, val: {official})" if official else ""
@@ -621,7 +622,7 @@ def judge(name, labels):
     expect(column == 0 or seen[19:IGNORE].any(),
            f"{name}: no label has an id above 18: they look like train ids.\n  {OTHERS}")
     classes = np.setdiff1d(train_ids[seen], IGNORE)
-    expect(len(classes), f"{name}: no pixel has a label. tests/check_data.py shows a data set")
+    expect(len(classes), f"{name}: no pixel has a label.\n  {OTHERS}")
     if len(classes) == 1:
         print(f"warning: {name}: {CLASSES[classes[0]]} is the only class")
 

@@ -96,7 +96,7 @@ def test_a_long_tmpdir_does_not_hang_the_readers(tmp_path, data, wanted):
 
 def test_a_reader_that_was_ended_is_one_line():
     killed = RuntimeError("DataLoader worker (pid(s) 123) exited unexpectedly")
-    assert "a process that reads was ended" in common.one_line(killed)
+    assert "a data-loading process was killed" in common.one_line(killed)
     assert "WORKERS" in common.one_line(killed)
     assert common.one_line(RuntimeError("shapes do not fit")) is None
 
@@ -143,7 +143,7 @@ def test_a_notebooks_output_will_do(tmp_path, data):
 @pytest.mark.skipif(not LINUX, reason="a Bourne shell")
 @pytest.mark.parametrize("output, code, words", [
     (">&-", 0, ""), ("> /dev/full", 1, "the output: No space left on device"),
-    ("| true", 1, "nobody reads the output any more")])
+    ("| true", 1, "the program that read the output has ended")])
 def test_an_output_that_is_closed_full_or_ended(tmp_path, data, output, code, words):
     command = f'set -o pipefail; "$@" {output}'
     done = started(tmp_path, data, before=("bash", "-c", command, "-"))
