@@ -294,7 +294,7 @@ def sum_of_processes(tensor):
 
 
 def need(wanted):
-    """Stop with a message that names missing files, at most ten. wanted: [(path, what gives it)]."""
+    """Stop with a message that names at most ten missing files. wanted: [(path, what gives it)]."""
     missing = [f"no {path}\n  {how}" for path, how in wanted if not Path(path).exists()]
     if len(missing) > 10:
         missing[10:] = [f"... {len(missing)} files are missing"]
