@@ -194,7 +194,9 @@ class SourceCrops(Dataset):
 
     def digest(self):
         """What the stream is made of, as a text: see common.files_digest."""
-        return common.files_digest(path for *paths, _ in self.found for path in paths)
+        columns = sorted({common.LAYOUTS.get(name, common.FOLDER)[0] for *_, name in self.found})
+        files = common.files_digest(path for *paths, _ in self.found for path in paths)
+        return f"{files}, ids of columns {columns}"
 
 
 def batches(dataset, size, first, last, workers, offset=0):
@@ -284,7 +286,6 @@ class Encoder(nn.Module):
 
     def freeze(self, frozen):
         self.frozen = frozen
-        self.is_pretrained = self.is_pretrained and frozen
         self.requires_grad_(not frozen).train()
         has_batch_norm = any(isinstance(m, nn.BatchNorm2d) for m in self.modules())
         if not frozen and hasattr(self.body, "set_grad_checkpointing") and not has_batch_norm:
@@ -597,9 +598,13 @@ def set_learning_rate(optimizer, lr, step, total, warmup, schedule):
         group["lr"] = rate * group["factor"]
 
 
+def trains(module):
+    return any(p.requires_grad for p in module.parameters())
+
+
 def distributed(module, partly_used=False):
     """The module; under torchrun, if it trains, behind torch's DistributedDataParallel."""
-    if common.PROCESSES == 1 or not next(module.parameters()).requires_grad:
+    if common.PROCESSES == 1 or not trains(module):
         return module
     warnings.filterwarnings("ignore", "Grad strides do not match")     # of channels-last maps
     return nn.parallel.DistributedDataParallel(module, find_unused_parameters=partly_used)
@@ -608,8 +613,10 @@ def distributed(module, partly_used=False):
 # ---------------------------------------------------------------------------- saving and loading
 def network(encoder, decoder):
     """What is saved: the decoder, and the encoder if its weights are no longer the library's."""
-    trained = {} if encoder.is_pretrained else {"encoder": encoder}
-    return nn.ModuleDict({"decoder": decoder, **trained})
+    parts = {"decoder": decoder}
+    if trains(encoder) or not encoder.is_pretrained:
+        parts["encoder"] = encoder
+    return nn.ModuleDict(parts)
 
 
 def save_model(path, encoder, decoder, run):
@@ -618,7 +625,7 @@ def save_model(path, encoder, decoder, run):
              "constants": run.inherited | run.constants, "classes": CLASSES,
              "encoder": common.portable(encoder.name), "decoder": decoder.sizes}
     weights = network(encoder, decoder).state_dict()
-    weights = {name: value.contiguous() for name, value in weights.items()}
+    weights = {name: value.contiguous().clone() for name, value in weights.items()}    # none shared
     with common.whole(path) as part:
         part.write_bytes(safetensors.torch.save(weights, {"about": json.dumps(about)}))
 
@@ -632,6 +639,8 @@ def load_model(path):
     """-> encoder, decoder (on the CPU, in eval mode), about: {"stage", "preset", "constants",
     "classes", "encoder", "decoder"} of the run that saved them. Raises Stop."""
     path = model_file(path)
+    expect(path.suffix == ".safetensors", f"{path} is no network: take a run's model.safetensors, "
+           "which is there when the run is finished")
     path.open("rb").close()                 # what may not be opened is not damaged
     damaged, remedy = f"{path} is damaged", "train it again into another --OUT"
     with common.explain(damaged, remedy), safe_open(path, "pt") as file:
@@ -646,10 +655,9 @@ def load_model(path):
     expect(sizes["layers"] + sizes["pixel_layers"] <= len(weights), f"{damaged}: {remedy}")
     encoder = Encoder(common.located(about["encoder"]))
     encoder.is_pretrained = not any(name.startswith("encoder.") for name in weights)
-    with torch.device("meta"):              # its weights are those of the file
-        decoder = Decoder(**sizes)
+    decoder = Decoder(**sizes)
     with common.explain(f"{path} does not fit the network that 03 now defines", remedy):
-        network(encoder, decoder).load_state_dict(weights, assign=True)
+        network(encoder, decoder).load_state_dict(weights)
     return encoder.eval(), decoder.eval(), about
 
 

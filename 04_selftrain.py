@@ -139,7 +139,7 @@ def load_sam(name):
         return import_module("tests.toy.sam").load(name)
     expect(name in sam_files, f"SAM={name}: no such folder, and none of {', '.join(sam_files)}")
     weights = common.HERE / "weights" / sam_files[name]
-    while common.RANK and not weights.exists():     # of several processes the first downloads
+    while common.LOCAL_RANK and not weights.exists():   # of a node's processes one downloads
         time.sleep(1)
     page = sam_page + weights.name
     remedy = f"get {page} into {weights.parent} by hand, or do without: --REFINE=off"
@@ -314,6 +314,7 @@ def painted_files(generated):
         files = [folder / name for name in sorted(names)]
         common.need([(f, "run 02_generate.py again: it paints what is missing") for f in files])
     expect(files, f"GENERATED={generated} holds no picture. To train without: --N_GENERATED=0")
+    expect(N_PICTURES <= len(files), f"{N_PICTURES=}: {generated} holds {len(files)}; 0 takes all")
     return files[:N_PICTURES or None]
 
 
@@ -408,8 +409,9 @@ def main():
                                                      init.WEIGHT_DECAY)
     # theta_T <- theta <- theta_0
     teacher, teacher_encoder = copy.deepcopy(student).eval().requires_grad_(False), encoder
-    if not FREEZE_ENCODER:
+    if source_stage.trains(encoder):
         teacher_encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
+        teacher_encoder.is_pretrained = False       # it follows the student's
     parts = {"student": source_stage.network(encoder, student),
              "teacher": source_stage.network(teacher_encoder, teacher), "optimizer": optimizer}
 

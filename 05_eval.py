@@ -143,7 +143,8 @@ class Scenes(Dataset):
         """16 hexadecimal digits of everything that a confusion matrix of this target depends on
         besides the network. A file's content is told by its size and time, as make does."""
         settings = self.target, self.protocol, self.short_side, HALF, common.class_ids()
-        rows = [common.portable(str(settings))]
+        code = common.code_digest(__file__, source_stage.__file__, common.__file__)
+        rows = [common.portable(str(settings)), code]
         for pair in self.pairs:
             for file in pair:
                 about = file.stat()
@@ -188,7 +189,7 @@ def checkpoints():
     finished = sorted(Path(RUN).glob("0*/model.safetensors"))
     files, named = [], {}
     for given in CHECKPOINTS or finished or [f"{RUN}/03_train_source/model.safetensors"]:
-        files += sorted(Path(given).rglob("model.safetensors")) or [Path(given)]
+        files += sorted(Path(given).rglob("model.safetensors")) or [source_stage.model_file(given)]
     hint = "03_train_source.py and 04_selftrain.py write it when they are finished: run them first"
     common.need([(file, hint) for file in files])
     for file in files:
@@ -275,6 +276,7 @@ def label_pictures(run, file):
         except Stop as problem:         # one bad picture does not end the others
             failed.append(f"\n{problem}")
     print(f"{file} labelled {len(paths) - len(failed)} of {len(paths)} pictures: {OUT}/images")
+    common.wait_for_others()
     expect(not failed, f"{len(failed)} of {len(paths)} pictures failed:" + "".join(failed))
 
 

@@ -53,6 +53,7 @@ PRESET = os.environ.get("PRESET") or "toy"
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ            # other launchers leave stray variables
 PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0       # among those of one node
 AGAIN = ("Put this right (is the disk full?) and run the same command again: finished files are "
          "intact, partial ones were removed")
 if PRESET not in PRESETS:
@@ -146,11 +147,20 @@ def constants(stage):
     return found
 
 
+def at_home(value):
+    """A text, or a tuple of texts, with each ~ that begins a path expanded."""
+    if isinstance(value, tuple):
+        return tuple(at_home(item) for item in value)
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(^|[:,])~(?=/|$)", lambda m: m[1] + os.path.expanduser("~"), value)
+
+
 def parse(name, text, default):
     """The text after --NAME= as a value of the default's type; a tuple is written a,b,c, and a
     comma within an item as \\, -> the value. Raises Stop."""
     kind = type(default)
-    text = re.sub(r"(^|[:,])~(?=/|$)", lambda m: m[1] + os.path.expanduser("~"), text)
+    text = at_home(text)
     expect(text or not default, f"--{name}= is empty: expected a value as {default!r}")
     try:
         if kind is bool:
@@ -165,8 +175,10 @@ def parse(name, text, default):
 
 
 def override(stage, arguments):
-    """Set constants of a stage from --NAME=value. Raises Stop."""
+    """Set constants of a stage from --NAME=value, and expand ~ in all. Raises Stop."""
     known = {name: v for name, v in constants(stage).items() if not isinstance(v, dict)}
+    for name, value in known.items():
+        stage[name] = known[name] = at_home(value)
     if {"-h", "--help"} & set(arguments):
         print(stage["__doc__"] + f"\nPRESET={PRESET} RUN={RUN} DATA={DATA} (environment)")
         for name, value in known.items():
@@ -191,7 +203,8 @@ def one_line(problem):
     if isinstance(problem, torch.OutOfMemoryError):
         return ("the GPU's memory is full. Lower SAM_BATCH or SAM_CHUNK; or, in another --OUT, "
                 "lower BATCH, N_SOURCE or GROUP, or set HALF=True")
-    if "DataLoader worker" in words or "torch_shm" in words or "shared memory" in words:
+    # not "Caught KeyError in DataLoader worker process 0", which is a mistake in the code
+    if re.search(r"DataLoader worker \(pid|torch_shm|</torch_|shared memory object", words):
         return ("a data-loading process was killed: memory or /dev/shm is full. Fewer "
                 "--WORKERS (0: none); in a container: --ipc=host or --shm-size=8g")
     if memory_is_full(problem):
@@ -246,7 +259,7 @@ def device():
     torch.utils.deterministic.fill_uninitialized_memory = False
     chosen = torch.device("cpu")
     if torch.cuda.is_available():
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        chosen = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(chosen)   # or what pins memory would take room on the first one too
     else:
         torch.use_deterministic_algorithms(True)
@@ -345,9 +358,9 @@ def write_lines(path, rows):
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_lines(path, *keys):
+def read_lines(path, *keys, remedy="remove the file, and the stage makes it again, or name another "
+               "folder"):
     """A file of one JSON object per line, each with these keys -> list of dicts. Raises Stop."""
-    remedy = "remove the file, and the stage makes it again, or name another folder"
     with explain(f"{path}: expected lines of JSON", remedy):
         rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     for number, row in enumerate(rows, 1):
@@ -363,6 +376,11 @@ def digest(contents):
     for content in contents:
         total.update(os.fsencode(content))              # names of files may be of any encoding
     return total.hexdigest()[:16]
+
+
+def code_digest(*files):
+    """A digest of the code of Python files, without their comments."""
+    return digest(ast.dump(ast.parse(Path(file).read_text(encoding="utf-8"))) for file in files)
 
 
 def files_digest(files):
@@ -386,20 +404,27 @@ class Run:
         self.free, self.started = FREE + free, time.time()
         recorded = {name: portable(value) for name, value in constants(stage).items()}
         self.constants = json.loads(json.dumps(recorded | (facts or {})))
+        scripts = [stage["__file__"], __file__]
+        if "03_train_source" in sys.modules:
+            scripts.append(sys.modules["03_train_source"].__file__)
+        self.code = code_digest(*scripts)
         self.inherited = {}     # constants of an earlier run that hold in this one too
         self.finished_before = self.result.exists()
         self.info = {"stage": self.stage, "constants": {}}
         made = {path.name for path in self.out.glob("[!.]*")}
         if self.record.exists():
-            self.info = read_lines(self.record, "stage", "constants")[0]
+            remedy = "put it back from a copy, or name another --OUT"
+            self.info = read_lines(self.record, "stage", "constants", remedy=remedy)[0]
             expect(isinstance(self.info["constants"], dict),
-                   f"{self.record} holds no constants: remove the file, or name another --OUT")
+                   f"{self.record} holds no constants: {remedy}")
         expect(self.record.exists() or not made, f"{self.out} holds files, and no run.json of "
                "these scripts: name another --OUT, or move them away")
         expect(self.info["stage"] == self.stage,
                f"{self.out} belongs to {self.info['stage']}: name another --OUT")
         if made > {"run.json"}:
             self.compare(self.info["constants"])
+            if self.info.get("code", self.code) != self.code:
+                print(f"warning: {self.out} was begun by other code: the scripts were edited since")
 
     def compare(self, earlier):
         """Raise Stop if constants {name: value} of an earlier start differ from today's."""
@@ -428,7 +453,7 @@ class Run:
                f"{self.out} has just been finished by another job")
         libraries = "torch", "open_clip_torch", "timm", "transformers", "diffusers"
         self.save(constants=self.constants, preset=PRESET, argv=sys.argv, commit=git_commit(),
-                  processes=PROCESSES, **facts,
+                  code=self.code, processes=PROCESSES, **facts,
                   device=torch.cuda.get_device_name() if torch.cuda.is_available() else
                   platform.machine(), versions={name: version(name) for name in libraries})
 
@@ -576,7 +601,10 @@ def pairs(name, split):
     toy = root.parent == Path(DATA, "toy")
     if toy and RANK == 0 and not root.exists():
         print(f"drawing the miniature world into {root.parent} (about a minute, once)")
-        subprocess.run([sys.executable, HERE / "tests/toy/world.py", root.parent], check=True)
+        with explain(f"{root.parent} cannot be written", "name another folder: DATA=PATH"):
+            os.makedirs(root.parent, exist_ok=True)
+        drawn = subprocess.run([sys.executable, HERE / "tests/toy/world.py", root.parent])
+        expect(not drawn.returncode, "no miniature world, see above. Another folder: DATA=PATH")
     while toy and RANK and not root.exists():           # the first process draws
         time.sleep(1)
     _, pattern, changes, official = LAYOUTS.get(name, FOLDER)
@@ -696,7 +724,9 @@ def ids_of_colours(path, name, image):
     else:
         pixels = pixels @ np.array((65536, 256, 1), np.int32)
         numbers = [65536 * red + 256 * green + blue for red, green, blue in colours]
-    ids = [red for red, green, blue in colours if red == green == blue and train_ids[red] != 254]
+    of_classes = {row[0] for row in TABLE.values()}
+    ids = [red for red, green, blue in colours if red == green == blue and train_ids[red] != 254
+           and (red, green, blue) not in of_classes]
     if len(ids) < len(colours):
         ids = [id_of[colour] for colour in colours if colour in id_of]
     if ids and len(ids) == len(colours):

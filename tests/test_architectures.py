@@ -92,7 +92,7 @@ def test_sams_official_weights_are_fetched_once_and_checked(monkeypatch, tmp_pat
         there.unlink(missing_ok=True)
     assert len(read) == 2
 
-    monkeypatch.setattr(common, "RANK", 1)          # waits for the first process's download
+    monkeypatch.setattr(common, "LOCAL_RANK", 1)    # waits for the first process's download
     monkeypatch.setattr(selftrain.time, "sleep", lambda seconds: here.write_bytes(b"fetched"))
     selftrain.load_sam("vit_b")
     assert read[2:] == [b"fetched"]

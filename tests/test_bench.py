@@ -48,22 +48,8 @@ def test_every_row_has_a_time_in_every_precision_and_the_hours_follow():
 
 
 # ------------------------------------------------------------ memory of a card
-@pytest.fixture
-def memory():
-    import bench_memory                         # it loads all stages
-    return bench_memory
-
-
-def test_views_count_once_and_what_is_gone_no_more(memory):
-    with memory.Memory() as held:
-        x = torch.zeros(1000)                   # 4,000 bytes
-        y = (2 * x).view(10, 100).exp()         # 2 x lives until exp() is there
-    assert (held.now, held.most, y.shape) == (8_000, 12_000, (10, 100))
-    del y
-    assert (held.now, held.most) == (4_000, 12_000)
-
-
-def test_a_steps_bytes_are_those_by_hand(memory):
+def test_a_steps_bytes_are_those_by_hand():
+    import bench_memory as memory               # it loads all stages
     network = torch.nn.Sequential(torch.nn.Linear(100, 50, bias=False), torch.nn.LayerNorm(50))
     before = network[0].weight
     with memory.counted(network) as held:

@@ -116,6 +116,12 @@ def test_pictures_of_a_folder_and_below_it_have_labels_of_their_names(paper, put
         paper.pairs(f"folder:{tmp_path}/own", "train")
 
 
+def test_a_toy_world_that_cannot_be_drawn_is_one_message(monkeypatch, put, tmp_path):
+    monkeypatch.setattr(common, "DATA", str(put("data.png", np.zeros((2, 2)))))      # a file
+    with pytest.raises(common.Stop, match="(?s)toy cannot be written.*DATA=PATH"):
+        common.pairs(f"folder:{common.DATA}/toy/day", "val")
+
+
 def test_the_first_process_draws_the_toy_world_and_the_others_wait(monkeypatch, put, tmp_path):
     monkeypatch.setattr(common, "DATA", str(tmp_path))
     monkeypatch.setattr(common, "RANK", 1)
@@ -206,6 +212,13 @@ def test_the_numbers_of_gta5s_palette_are_ids_though_plates_have_the_colour_of_c
 def test_grey_that_is_no_id_is_a_classs_colour(paper, put):
     path = put("a.png", GREY[[70, 153, 0]][None])
     assert paper.read_label(path, "bdd").tolist() == [[2, 5, IGNORE]]
+
+
+def test_black_and_white_are_colours_where_classes_have_them(put, monkeypatch):
+    table = {"wall": [(0, 0, 0), (0,)], "floor": [(255, 255, 255), (1,)]}
+    monkeypatch.setattr(common, "TABLE", table)
+    path = put("a.png", np.array([[[0] * 3, [255] * 3]]))
+    assert common.read_label(path, "folder:x").tolist() == [[0, 1]]
 
 
 def test_few_bits_per_pixel_hold_ids(tmp_path):

@@ -189,7 +189,7 @@ def test_the_truth_keeps_its_size_or_takes_that_of_the_networks_input(
     assert abs(found["miou"] - miou) < 1e-9 and found["iou"]["a"] == 50
 
 
-def test_what_is_equal_is_not_scored_again(scored, two, tmp_path):
+def test_what_is_equal_is_not_scored_again(scored, two, tmp_path, monkeypatch):
     before = scored(TARGETS=two)
     assert scored.seen == 8 and scored(TARGETS=two) == before and scored.seen == 0
     Image.fromarray(GUESS).save(tmp_path / "val/a/labels/y.png")        # corrected
@@ -198,6 +198,9 @@ def test_what_is_equal_is_not_scored_again(scored, two, tmp_path):
     (tmp_path / "run/04/model.safetensors").write_text("trained again")
     scored(TARGETS=two[:1])
     assert scored.seen == 2
+    monkeypatch.setattr(common, "code_digest", lambda *files: "edited")
+    scored(TARGETS=two[:1])
+    assert scored.seen == 4
     os.truncate(tmp_path / "out" / rows[1]["targets"][two[1]]["confusion"], 90)
     assert scored(TARGETS=two[1:])[1]["mean_miou"] == 125 / 3 and scored.seen == 4
 

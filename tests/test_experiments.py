@@ -87,7 +87,7 @@ def test_every_preset_is_in_range(under, preset, stage):
 
 TOO_LARGE = ("ENCODER", "SOURCE", "BATCH", "ITERATIONS", "POINTS", "CROP", "N_SOURCE",
              "N_GENERATED", "SAM", "TARGETS", "SHORT_SIDE", "LLM", "DIFFUSION", "N_IMAGES", "SIZE",
-             "DTYPE")
+             "DTYPE", "N_PICTURES")
 FEW = {"01_prompts": ["--N_PROMPTS=4"], "02_generate": ["--N_IMAGES=2", "--STEPS=1"],
        "03_train_source": ["--ITERATIONS=1", "--BATCH=2", "--POINTS=64"],
        "04_selftrain": ["--ITERATIONS=1", "--N_SOURCE=1"], "05_eval": ["--PANELS=0"]}

@@ -1,8 +1,11 @@
 """The hand that edits: a constant or a line of a script is changed, and it is run again. An edit is
 obeyed, or refused in one line; it is recorded; a mistake keeps its traceback."""
 import json
+import os
 import shutil
 import sys
+from importlib import import_module
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from PIL import Image
 import common
 from conftest import ROOT, SMALL, fresh, here, module_of
 
+source_stage = import_module("03_train_source")
 SMALL = {**SMALL, "03_train_source": ["--BATCH=2", "--POINTS=128", "--ITERATIONS=1"],
          "04_selftrain": ["--ITERATIONS=1", "--N_SOURCE=1", "--PREVIEW_EVERY=1"]}
 
@@ -78,6 +82,12 @@ def test_every_constant_of_another_type_is_named(stage):
             with pytest.raises(common.Stop, match=f"^{name}=.*expected") as stopped:
                 module.check()
             assert "\n" not in str(stopped.value)
+
+
+def test_a_home_in_an_edited_path_is_expanded(edited, launched):
+    module = edited("03_train_source", 'A = "~/a", "folder:~/b"')
+    message = launched(module, main=lambda: sys.exit(str(module.A)))
+    assert message == str((os.path.expanduser("~/a"), f"folder:{os.path.expanduser('~/b')}"))
 
 
 @pytest.mark.parametrize("name", ["FREE", "TOY", "FOLDER", "AGAIN", "RANK", "PROCESSES", "HERE"])
@@ -165,6 +175,28 @@ def test_a_run_that_was_moved_is_the_same_run(trained, tmp_path, data, capsys):
 
 def test_the_folder_of_a_run_stands_for_its_network(again, trained):
     assert again("04_selftrain", f"--INIT={trained}/03_train_source") is None
+
+
+def test_a_script_that_was_edited_under_way_is_said(again, monkeypatch, capsys):
+    monkeypatch.setattr(common, "code_digest", lambda *files: "edited")
+    assert again("03_train_source") is None
+    assert "was begun by other code: the scripts were edited since" in capsys.readouterr().out
+
+
+def test_a_decoder_that_shares_weights_or_computes_a_buffer_is_saved_and_loaded(
+        monkeypatch, tmp_path):
+    class Edited(source_stage.Decoder):
+        def __init__(self, *sizes, **named):
+            super().__init__(*sizes, **named)
+            self.query_position = self.query
+            self.register_buffer("axis", torch.arange(3.), persistent=False)
+    monkeypatch.setattr(source_stage, "Decoder", Edited)
+    encoder = source_stage.Encoder(f"open_clip:local-dir:{common.MINIATURES}/clip")
+    decoder = Edited(encoder.channels, len(common.CLASSES), 32, 12, 1, 32, 1)
+    run = SimpleNamespace(stage="03", inherited={}, constants={})
+    source_stage.save_model(tmp_path / "model.safetensors", encoder, decoder, run)
+    _, loaded, _ = source_stage.load_model(tmp_path)
+    assert loaded.axis.tolist() == [0, 1, 2] and loaded.query.weight.equal(decoder.query.weight)
 
 
 def test_a_network_from_before_an_edit_is_not_called_damaged(trained, data):

@@ -163,14 +163,15 @@ def test_missing_labels_are_named_before_training_and_do_not_fill_the_screen(say
     ("{tmp}/empty.jsonl", "is empty"), ("{tmp}", "expected lines of JSON"),
     ("folder:{tmp}/none", "holds no picture"), ("folder:", "GENERATED"),
     ("{tmp}/lost.jsonl", "no {tmp}/lost.png"), ("{tmp}/other.jsonl", "line 1: expected file"),
-    ("{tmp}/foreign.jsonl", "'../../../etc/passwd' is not the name of a file")])
+    ("{tmp}/foreign.jsonl", "'../../../etc/passwd' is not the name of a file"),
+    ("folder:{tmp} --N_PICTURES=2", "N_PICTURES=2: folder:{tmp} holds 1; 0 takes all")])
 def test_generated_is_an_index_or_a_folder_of_pictures(say, finished, tmp_path, generated, answer):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     for name, content in (("empty", ""), ("lost", '{"file": "lost.png"}'), ("other", '{"a": 1}'),
                           ("foreign", '{"file": "../../../etc/passwd"}')):
         (tmp_path / f"{name}.jsonl").write_text(content)
     generated, answer = (text.format(tmp=tmp_path) for text in (generated, answer))
-    message = say("04_selftrain", f"--GENERATED={generated}",
+    message = say("04_selftrain", *f"--GENERATED={generated}".split(),
                   f"--INIT={finished[0]}/03_train_source/model.safetensors")
     assert answer in message and brief(message) and not (tmp_path / "run").exists()
 
@@ -236,7 +237,7 @@ def test_an_encoder_that_is_not_there_is_reported_within_seconds(name, capfd):
 
 
 # ---------------------------------------------------------------------------- run folders
-REMOVE = "03_train_source/run.json.*remove the file"
+REMOVE = "03_train_source/run.json.*put it back from a copy, or name another --OUT"
 
 
 @pytest.mark.parametrize("content, answer", [
@@ -312,7 +313,7 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(common, "LOCAL_RANK", 1)
     assert common.device.__wrapped__() == torch.device("cuda", 1)
     assert chosen == [torch.device("cuda", 1)]
 
