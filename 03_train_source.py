@@ -656,7 +656,8 @@ def load_model(path):
     encoder = Encoder(common.located(about["encoder"]))
     encoder.is_pretrained = not any(name.startswith("encoder.") for name in weights)
     decoder = Decoder(**sizes)
-    with common.explain(f"{path} does not fit the network that 03 now defines", remedy):
+    made = f"{path}, of {about['stage']},"
+    with common.explain(f"{made} does not fit the network that 03 now defines", remedy):
         network(encoder, decoder).load_state_dict(weights)
     return encoder.eval(), decoder.eval(), about
 
@@ -736,7 +737,7 @@ class Progress:
         state |= {"step": done, "lines": self.lines, "constants": self.run.constants}
         if common.RANK == 0:
             with common.whole(self.checkpoint) as part:
-                with common.explain(f"{self.checkpoint} cannot be written", common.AGAIN):
+                with common.explain(f"{self.checkpoint} cannot be written", common.FULL):
                     torch.save(state, part)
 
 

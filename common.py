@@ -54,8 +54,9 @@ TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ            # other launchers leav
 PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0       # among those of one node
-AGAIN = ("Put this right (is the disk full?) and run the same command again: finished files are "
-         "intact, partial ones were removed")
+AGAIN = ("Put this right and run the same command again: finished files are intact, partial ones "
+         "were removed")
+FULL = f"Is the disk full? {AGAIN}"
 if PRESET not in PRESETS:
     sys.exit(f"PRESET={PRESET} is not a preset; there are: {', '.join(PRESETS)}")
 
@@ -325,7 +326,7 @@ def whole(path):
         yield part
         os.replace(part, path)
     except OSError as error:
-        raise Stop(f"{path} cannot be written ({error}). {AGAIN}") from error
+        raise Stop(f"{path} cannot be written ({error}). {FULL}") from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)

@@ -285,7 +285,7 @@ def test_a_full_disk_is_named_and_leaves_whole_files_only(launched, tmp_path, wr
 
     def main():
         with common.whole(path) as part:
-            with common.explain(f"{path} cannot be written", common.AGAIN):
+            with common.explain(f"{path} cannot be written", common.FULL):
                 write(part)
     message = launched(fresh("04_selftrain"), main=main)
     assert message.startswith(f"04_selftrain.py: {path} cannot be written") and "full?" in message
