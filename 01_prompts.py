@@ -102,7 +102,7 @@ def parse(answer, table):
     between = r"\b(?:(?:prompt )?#?\d{1,3} ?[.):-]|and|or)\W*"        # before the second one
     found = []
     for line in filter(str.strip, answer.splitlines()):
-        line = line.replace("**", "")
+        line = line.replace("**", "").replace("\xa0", " ")
         _, *texts = re.split(rf"(?:{between})?\ban? photo of\s", line, flags=re.IGNORECASE)
         found += [parse_prompt(text, table) for text in texts or [""]]
     return found
@@ -111,9 +111,10 @@ def parse(answer, table):
 def parse_prompt(text, table):
     """What follows "a photo of" -> ("a photo of x in z", the classes in x), or (None, why not)."""
     remark = r"""[|<(\[{"“”`;\\]| [-–—] |(?<=[a-z]{3})[.!?:]\s"""   # begins with these
+    text = re.sub(r"^\[([^]]+)\] in \[([^]]+)\]", r"\1 in \2", text)
     text = re.split(remark, text, maxsplit=1)[0]
-    match = len(text) < 400 and re.fullmatch(r"(.+?) in (.+?)[\W_]*", text)
-    if not match or re.search(r"\b[XZ]\b", text):
+    match = len(text) < 400 and re.fullmatch(r"(.+?) in (.+?)[\W_]*", text, re.IGNORECASE)
+    if not match or re.search(r"\b[XZ]\b|\b(?:an?|the)\W*$", text):
         return None, "not 'a photo of X in Z'"
     words = " ".join(match.groups()).lower().split()
     pairs = Counter(zip(words, words[1:]))

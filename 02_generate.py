@@ -64,6 +64,8 @@ def plan_images():
         text = Path(PROMPTS).read_text(encoding="utf-8-sig")
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     expect(prompts, f"{PROMPTS} is empty\n  {remedy}")
+    odd = [line for line in prompts if not re.search(r"[^\W\d_]", line)][:1]
+    expect(not odd, f"{PROMPTS} has the line {odd}\n  {remedy}")
     long = max(map(len, prompts))
     expect(long <= 2000, f"{PROMPTS} has a line of {long:,} characters\n  {remedy}")
     plan = []
@@ -113,18 +115,21 @@ def load_pipeline(name):
             pipe = load(name, variant="fp16" if dtype == torch.float16 else None, **options)
         except (OSError, ValueError):           # there are no files of half the size
             pipe = load(name, **options)
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    expect(denoiser, f"{name} has no unet and no transformer: name another model")
     expect(denoiser.dtype == dtype, f"diffusers ignores DTYPE={DTYPE}: update it")
     if on_gpu:
         denoiser.to(memory_format=torch.channels_last)
     pipe.to(common.device())
     # Euler, as officially; but a flow-matching model would paint noise with it, without an error
     own = pipe.scheduler
-    if EulerDiscreteScheduler in own.compatibles and not own.config.get("use_flow_sigmas"):
+    flows = own.config.get("use_flow_sigmas") or own.config.get("snr_shift_scale")
+    if EulerDiscreteScheduler in own.compatibles and not flows:
         pipe.scheduler = EulerDiscreteScheduler.from_config(own.config)
     pipe.set_progress_bar_config(disable=True)
     known = inspect.signature(pipe.__call__).parameters
-    expect(not GUIDANCE or "guidance_scale" in known, f"{name} has no guidance: set GUIDANCE=0")
+    guided = "guidance_scale" in known and denoiser.config.get("guidance_embeds", True)
+    expect(guided or not GUIDANCE, f"{name} has no guidance: set GUIDANCE=0")
     wanted = dict(num_inference_steps=STEPS, guidance_scale=GUIDANCE, height=SIZE[0], width=SIZE[1])
     return pipe, {key: value for key, value in wanted.items() if key in known}
 

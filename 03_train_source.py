@@ -39,6 +39,7 @@ from torchvision.transforms.v2.functional import adjust_hue, pad, pil_to_tensor
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------- constants
+# functions take them as arguments and never read them: in 04 and 05 they are not those of the run
 # paper: of gta, synthia and cityscapes, unless one of them is named; official: the authors' code
 # in and out
 SOURCE = preset(toy=(f"folder:{DATA}/toy/game_train",), gta=("gta",), synthia=("synthia",),
@@ -286,6 +287,7 @@ class Encoder(nn.Module):
 
     def freeze(self, frozen):
         self.frozen = frozen
+        self.is_pretrained = self.is_pretrained and frozen
         self.requires_grad_(not frozen).train()
         has_batch_norm = any(isinstance(m, nn.BatchNorm2d) for m in self.modules())
         if not frozen and hasattr(self.body, "set_grad_checkpointing") and not has_batch_norm:
@@ -672,6 +674,7 @@ class Progress:
         self.checkpoint = run.out / "checkpoint.pt"
         if self.checkpoint.exists():
             self.resume()
+        common.agree(f"begin at step {self.first}")
 
     def resume(self):
         damaged, remedy = f"{self.checkpoint} is damaged", "remove it to begin again"

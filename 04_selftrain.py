@@ -23,7 +23,6 @@ to 77 % and 20 to 9 %), and the third column of the previews looks better than t
 Crop, loss weights, points and optimiser are those of the run of INIT: init.CROP, init.POINTS ..."""
 import copy
 import hashlib
-import time
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +32,7 @@ import numpy as np
 import torch
 from common import (CLASSES, DATA, IGNORE, MINIATURES, RUN, expect, expect_kind,
                     expect_numbers, preset)
+from filelock import FileLock
 from PIL import Image, ImageOps
 from scipy import ndimage
 from segment_anything import sam_model_registry
@@ -114,8 +114,14 @@ def check():
 
 def inherited(about):
     """What holds here as in the run of INIT -> its constants as attributes: init.CROP ... Says
-    where the file of 03 now has another value. Raises Stop."""
+    where the file of 03, or this one, has another value. Raises Stop."""
     init = SimpleNamespace()
+    own = {"SOURCE": common.portable(SOURCE), "UNLABELLED": UNLABELLED,
+           "FREEZE_ENCODER": FREEZE_ENCODER}
+    for name, value in own.items():
+        other = about["constants"].get(name, value)
+        if other != value:
+            print(f"{name}={value} here; the run of INIT had {other}")
     for name in of_init:
         expect(name in about["constants"], f"{INIT} records no {name}: train it again")
         value, other = about["constants"][name], getattr(source_stage, name)
@@ -132,6 +138,23 @@ sam_files = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth",
              "vit_h": "sam_vit_h_4b8939.pth"}               # 0.4, 1.2 and 2.6 GB, into weights/
 
 
+def fetch(page, file, problem, remedy):
+    """Download a file whose name ends in the first digits of its MD5; one process does. Raises
+    Stop."""
+    with common.explain(f"{file.parent} cannot be written", remedy):
+        file.parent.mkdir(exist_ok=True)
+        lock = FileLock(file.parent / f".{file.name}.lock")
+    with lock:
+        if file.exists():               # another process was here
+            return
+        with common.whole(file) as part:
+            with common.explain(problem, remedy):
+                torch.hub.download_url_to_file(page, str(part))
+            with part.open("rb") as content:
+                md5 = hashlib.file_digest(content, "md5").hexdigest()
+            expect(md5.startswith(file.stem[-6:]), f"{page} arrived damaged: {remedy}")
+
+
 def load_sam(name):
     """-> Sam in eval mode, without gradients. name: vit_b, vit_l or vit_h, which are downloaded
     once, or a folder like the miniature's. Raises Stop."""
@@ -139,17 +162,10 @@ def load_sam(name):
         return import_module("tests.toy.sam").load(name)
     expect(name in sam_files, f"SAM={name}: no such folder, and none of {', '.join(sam_files)}")
     weights = common.HERE / "weights" / sam_files[name]
-    while common.LOCAL_RANK and not weights.exists():   # of a node's processes one downloads
-        time.sleep(1)
     page = sam_page + weights.name
     remedy = f"get {page} into {weights.parent} by hand, or do without: --REFINE=off"
     if not weights.exists():
-        with common.whole(weights) as part:
-            with common.explain(f"SAM {name}: no download", remedy):
-                torch.hub.download_url_to_file(page, str(part))
-            with part.open("rb") as file:
-                md5 = hashlib.file_digest(file, "md5").hexdigest()
-            expect(md5.startswith(weights.stem[-6:]), f"{page} arrived damaged: {remedy}")
+        fetch(page, weights, f"SAM {name}: no download", remedy)
     weights.open("rb").close()                      # what may not be opened is not damaged
     with common.explain(f"{weights} is damaged", f"remove it, then {remedy}"):
         sam = sam_model_registry[name](weights).eval().requires_grad_(False)

@@ -142,7 +142,8 @@ class Scenes(Dataset):
     def digest(self):
         """16 hexadecimal digits of everything that a confusion matrix of this target depends on
         besides the network. A file's content is told by its size and time, as make does."""
-        settings = self.target, self.protocol, self.short_side, HALF, common.class_ids()
+        train_ids, colours = common.numbering(self.target)
+        settings = self.target, self.protocol, self.short_side, HALF, train_ids.tolist(), colours
         code = common.code_digest(__file__, source_stage.__file__, common.__file__)
         rows = [common.portable(str(settings)), code]
         for pair in self.pairs:
@@ -165,6 +166,7 @@ def kept_matrix(path):
 def score(network, scenes, path, title):
     """-> confusion matrix int64 (C, C) of a network on Scenes; kept in `path`. Several processes
     deal the images among them. Raises Stop."""
+    common.agree(f"score {path.name}")
     matrix = kept_matrix(path)
     known = common.sum_of_processes(torch.tensor(matrix is not None, device=common.device()).int())
     if known == common.PROCESSES:

@@ -53,7 +53,6 @@ PRESET = os.environ.get("PRESET") or "toy"
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ            # other launchers leave stray variables
 PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
-LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0       # among those of one node
 AGAIN = ("Put this right and run the same command again: finished files are intact, partial ones "
          "were removed")
 FULL = f"Is the disk full? {AGAIN}"
@@ -250,6 +249,9 @@ def launch(stage):
             locks.pop().release()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        if "ipykernel" in sys.modules:                              # its next %run reads them anew
+            sys.modules.pop("common", None)
+            sys.modules.pop("03_train_source", None)
 
 
 @lru_cache(1)
@@ -260,7 +262,7 @@ def device():
     torch.utils.deterministic.fill_uninitialized_memory = False
     chosen = torch.device("cpu")
     if torch.cuda.is_available():
-        chosen = torch.device("cuda", LOCAL_RANK)
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(chosen)   # or what pins memory would take room on the first one too
     else:
         torch.use_deterministic_algorithms(True)
@@ -305,6 +307,13 @@ def sum_of_processes(tensor):
         tensor = tensor.clone()
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def agree(text):
+    """Raise Stop unless all processes have the same text: slow shared folders show files late."""
+    number = torch.tensor(int(digest([text])[:10], 16), device=device())
+    expect(sum_of_processes(number) == number * PROCESSES, f"not all processes {text}: a shared "
+           "folder shows some of them old files. Wait a minute and run the same command again")
 
 
 def need(wanted):
@@ -380,8 +389,15 @@ def digest(contents):
 
 
 def code_digest(*files):
-    """A digest of the code of Python files, without their comments."""
-    return digest(ast.dump(ast.parse(Path(file).read_text(encoding="utf-8"))) for file in files)
+    """A digest of the functions and classes of Python files, without comments and docstrings."""
+    kinds, code = (ast.FunctionDef, ast.ClassDef), []
+    for file in files:
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, kinds) and ast.get_docstring(node):
+                node.body = node.body[1:] or [ast.Pass()]
+        code += [ast.unparse(node) for node in tree.body if isinstance(node, kinds)]
+    return digest(code)
 
 
 def files_digest(files):
@@ -405,10 +421,6 @@ class Run:
         self.free, self.started = FREE + free, time.time()
         recorded = {name: portable(value) for name, value in constants(stage).items()}
         self.constants = json.loads(json.dumps(recorded | (facts or {})))
-        scripts = [stage["__file__"], __file__]
-        if "03_train_source" in sys.modules:
-            scripts.append(sys.modules["03_train_source"].__file__)
-        self.code = code_digest(*scripts)
         self.inherited = {}     # constants of an earlier run that hold in this one too
         self.finished_before = self.result.exists()
         self.info = {"stage": self.stage, "constants": {}}
@@ -422,9 +434,13 @@ class Run:
                "these scripts: name another --OUT, or move them away")
         expect(self.info["stage"] == self.stage,
                f"{self.out} belongs to {self.info['stage']}: name another --OUT")
+        scripts = [stage["__file__"], __file__]
+        if "source_stage" in stage:
+            scripts.append(stage["source_stage"].__file__)
+        self.code = list(dict.fromkeys([*self.info.get("code", []), code_digest(*scripts)]))
         if made > {"run.json"}:
             self.compare(self.info["constants"])
-            if self.info.get("code", self.code) != self.code:
+            if len(self.code) > 1:
                 print(f"warning: {self.out} was begun by other code: the scripts were edited since")
 
     def compare(self, earlier):
@@ -488,6 +504,8 @@ def read_table(text):
     table = {}
     for line in text.strip().splitlines():
         name, *columns = line.split("|")
+        if name.strip() in table:
+            sys.exit(f"common.py: TABLE names {name.strip()} twice")
         table[name.strip()] = [tuple(map(int, column.split())) for column in columns]
     return table
 
@@ -522,8 +540,8 @@ CLASSES = list(TABLE)
 
 
 def class_ids():
-    """Every class with its ids, as a run records them; its colour does not matter."""
-    return {name: row[1:] for name, row in TABLE.items()}
+    """The classes with their ids, in order, as a run records them."""
+    return [(name, *row[1:]) for name, row in TABLE.items()]
 
 
 COLOURS = np.zeros((256, 3), np.uint8)      # COLOURS[label] is a picture; IGNORE is black
@@ -648,7 +666,8 @@ def judge(name, labels):
     expect(between <= max(100, .2 * edges, .37 * thin), f"{name}: its labels were resized with "
            f"blending, which made borders of ids of other classes.\n  {OTHERS}")
     column = LAYOUTS.get(name, FOLDER)[0]
-    expect(column == 0 or seen[19:IGNORE].any(),
+    above_18 = (train_ids[19:IGNORE] < 254).any()       # whether classes have such ids
+    expect(column == 0 or not above_18 or seen[19:IGNORE].any(),
            f"{name}: no label has an id above 18: they look like train ids.\n  {OTHERS}")
     classes = np.setdiff1d(train_ids[seen], IGNORE)
     expect(len(classes), f"{name}: no pixel has a label.\n  {OTHERS}")
@@ -676,6 +695,13 @@ def load(path, kind):
     return image, np.asarray(image) if image.mode.startswith(("I", "F")) else None
 
 
+def turned(image):
+    """A PIL image turned as its EXIF says."""
+    image.getexif()                     # which Pillow remembers,
+    image.info.pop("exif", None)        # and does not write anew: that fails where a tag is odd
+    return ImageOps.exif_transpose(image)
+
+
 def read_image(path, upright=True):
     """-> PIL image, RGB, without transparency; upright: turned as its EXIF says. The value of
     white is the smallest of 1 (floats), 255, 4095, 65535 that no pixel exceeds. Raises Stop."""
@@ -693,7 +719,7 @@ def read_image(path, upright=True):
         if not any(most for _, most in image.getextrema()):
             say_once("warning", "pictures that are black", path)
     image.info = info
-    return ImageOps.exif_transpose(image) if upright else image
+    return turned(image) if upright else image
 
 
 def numbering(name):
@@ -701,7 +727,7 @@ def numbering(name):
     never hold the id; {colour: id}."""
     column = LAYOUTS.get(name, FOLDER)[0]
     train_ids, id_of = np.full(256, 254, np.uint8), dict.fromkeys(VOID, IGNORE)
-    train_ids[[*range(LAST_ID.get(name, LAST_ID[column]) + 1), IGNORE]] = IGNORE
+    train_ids[[*range(LAST_ID.get(name, LAST_ID.get(column, 254)) + 1), IGNORE]] = IGNORE
     for train_id, row in enumerate(TABLE.values()):
         expect(column < len(row),
                f"{name}: the classes in TABLE (common.py) have no ids in column {column}")
@@ -725,10 +751,8 @@ def ids_of_colours(path, name, image):
     else:
         pixels = pixels @ np.array((65536, 256, 1), np.int32)
         numbers = [65536 * red + 256 * green + blue for red, green, blue in colours]
-    of_classes = {row[0] for row in TABLE.values()}
-    ids = [red for red, green, blue in colours if red == green == blue and train_ids[red] != 254
-           and (red, green, blue) not in of_classes]
-    if len(ids) < len(colours):
+    ids = [red for red, green, blue in colours if red == green == blue and train_ids[red] != 254]
+    if len(ids) < len(colours) or set(colours) <= {row[0] for row in TABLE.values()}:
         ids = [id_of[colour] for colour in colours if colour in id_of]
     if ids and len(ids) == len(colours):
         of_number = np.zeros(max(numbers) + 1, np.uint8)
@@ -771,8 +795,8 @@ def read_pair(image_path, label_path, name):
     """-> (PIL image RGB, uint8 (H, W) of train ids). EXIF turns the image only where it does not
     fit its label as it is stored, for most annotation tools ignore EXIF. Raises Stop."""
     image = upright = read_image(image_path, upright=False)
-    if image.getexif().get(0x0112, 1) > 1:
-        upright = ImageOps.exif_transpose(image)
+    if image.getexif().get(0x0112) in range(2, 9):
+        upright = turned(image)
     label = read_label(label_path, name, image.size, upright.size)
     if label.shape[::-1] != image.size:
         return upright, label

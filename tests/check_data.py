@@ -88,7 +88,8 @@ def spread(pairs, n):
 def check(name, split):
     """Print what a split of a data set holds, save a sheet -> what is wrong. Raises Stop."""
     pairs, title = common.pairs(name, split), f"{name}, {split}"
-    official = LAYOUTS[name][3][split == "val"] if name in LAYOUTS else len(pairs)
+    numbers = LAYOUTS.get(name, common.FOLDER)[3]
+    official = numbers[split == "val"] if numbers else len(pairs)
     wrong = wrong_sizes(name, pairs)
     if wrong:
         return [f"{title}: {len(wrong)} pairs are wrong: {wrong[0]}"]

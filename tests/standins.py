@@ -159,7 +159,7 @@ class FakeLLM:
 
 
 class Network(torch.nn.Conv2d):
-    dtype = property(lambda self: self.weight.dtype)
+    dtype, config = property(lambda self: self.weight.dtype), {}
 
 
 class FakePipeline:

@@ -1,10 +1,7 @@
 """The bench for GPUs, at tiny sizes on a CPU: every part prints its rows, and none fails."""
 import subprocess
 import sys
-import warnings
-from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 from conftest import ROOT
@@ -68,19 +65,3 @@ def test_a_steps_bytes_are_those_by_hand():
 
 
 # ------------------------------------------------------------ what only shows elsewhere
-def test_waits_for_the_gpu_are_those_that_a_longer_run_has_more(monkeypatch, capsys):
-    monkeypatch.setattr(open_clip, "create_model", open_clip.create_model)      # put back later
-    import bench_gpu
-
-    def run_main(stage, OUT, ITERATIONS, **constants):      # 5 at the start, 3 per step
-        for _ in range(5 + 3 * ITERATIONS):
-            warnings.warn("called a synchronizing CUDA operation")
-        Path(OUT).mkdir()
-        Path(OUT, "log.jsonl").write_text('{"seconds": 0.5}')
-    modes = []
-    monkeypatch.setattr(bench_gpu, "CUDA", True)
-    monkeypatch.setattr(bench_gpu, "run_main", run_main)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    bench_gpu.step_row("03", "", "TF32", None)
-    assert "| step of 03 | TF32 | 0.5 | 2 |" in (table := capsys.readouterr().out)
-    assert "3.0 syncs" in table and modes == 2 * ["warn", "default"]

@@ -2,6 +2,7 @@
 image and label together."""
 import os
 import re
+import struct
 from importlib import import_module
 
 import numpy as np
@@ -130,6 +131,15 @@ def test_the_first_process_draws_the_toy_world_and_the_others_wait(monkeypatch, 
     assert len(common.pairs(f"folder:{tmp_path}/toy/day", "val")) == 1
 
 
+@pytest.mark.parametrize("column", [1, 4])
+def test_a_set_with_ids_of_its_own_is_a_row_of_layouts(paper, put, column):
+    paper.TABLE = {"wall": [(1, 2, 3), *[(5,)] * 4], "floor": [(4, 5, 6), *[(9,)] * 4]}
+    paper.LAYOUTS["own"] = column, "own/images/**", {"/images/": "/labels/"}, None
+    put("own/images/a.png", np.zeros((1, 2, 3)))
+    (_, label), = [put("own/labels/a.png", np.array([[5, 9]])) and paper.pairs("own", "train")[0]]
+    assert paper.read_label(label, "own").tolist() == [[0, 1]]
+
+
 # ---------------------------------------------------------------------------- ids
 @pytest.mark.parametrize("name, ids, last", [
     ("gta", CITYSCAPES, 34), ("cityscapes", CITYSCAPES, 34), ("synthia", SYNTHIA, 22),
@@ -218,6 +228,8 @@ def test_black_and_white_are_colours_where_classes_have_them(put, monkeypatch):
     table = {"wall": [(0, 0, 0), (0,)], "floor": [(255, 255, 255), (1,)]}
     monkeypatch.setattr(common, "TABLE", table)
     path = put("a.png", np.array([[[0] * 3, [255] * 3]]))
+    assert common.read_label(path, "folder:x").tolist() == [[0, 1]]
+    path = put("a.png", np.array([[[0] * 3, [1] * 3]]))                 # and ids elsewhere
     assert common.read_label(path, "folder:x").tolist() == [[0, 1]]
 
 
@@ -331,6 +343,15 @@ def test_exif_turns_a_picture_only_where_just_that_fits(put, capsys, orientation
         assert np.array_equal(picture, pixels) and np.array_equal(read, pixels[..., 0] % 12)
     both_fit = orientation in (2, 3, 4) or orientation > 4 and width == 4
     assert capsys.readouterr().out.count("images/a.png") == both_fit        # said once
+
+
+@pytest.mark.parametrize("odd", [(0x011A, 2, 4, b"abc\0"), (0x0100, 11, 1, bytes(4))])
+def test_an_odd_exif_tag_does_no_harm(put, odd):
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", *odd)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    image = put("a.jpg", np.zeros((4, 6, 3)), exif=exif)
+    assert common.read_image(image).size == (4, 6)
+    assert common.read_pair(image, put("b.png", np.zeros((6, 4))), "folder:x")[0].size == (4, 6)
 
 
 # ---------------------------------------------------------------------------- images

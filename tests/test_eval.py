@@ -284,10 +284,3 @@ def test_a_real_network_is_scored_alike_by_any_number_of_workers(start, tmp_path
         width, height = Image.open(out / "panels/day.png").size
         assert width > 1000 and height > 300
     assert (matrices[0] == matrices[1]).all() and matrices[0].sum() == 2 * 128 * 256
-
-
-def test_a_broken_label_is_named_also_by_a_worker(scored, two, tmp_path):
-    path = tmp_path / "val/a/labels/y.png"
-    path.write_bytes(b"not a picture")
-    with pytest.raises(common.Stop, match=f"{path} cannot be read"):
-        scored(TARGETS=two, WORKERS=1)

@@ -136,6 +136,24 @@ def test_an_id_in_the_table_is_another_labelling_a_colour_is_not(again, monkeypa
     assert answer in str(again("03_train_source"))
 
 
+def test_classes_in_another_order_are_other_classes(again, monkeypatch):
+    monkeypatch.setattr(common, "TABLE", dict(reversed(common.TABLE.items())))
+    assert "was made with other classes and ids" in again("03_train_source")
+
+
+@pytest.mark.parametrize("line, same", [("A = 1", True), ("# why", True), ("def f(): ...", False)])
+def test_the_digest_of_code_is_that_of_functions(edited, line, same):
+    module = edited("05_eval", line, before="PROTOCOL = \"native\"             # | \"clouds\"")
+    assert same == (common.code_digest(module.__file__) == common.code_digest(ROOT / "05_eval.py"))
+
+
+def test_a_notebooks_next_run_reads_the_files_anew(edited, launched, monkeypatch):
+    for name in ("ipykernel", "common", "03_train_source"):
+        monkeypatch.setitem(sys.modules, name, common)
+    launched(edited("03_train_source", "A = 1"), main=lambda: sys.exit("end"))
+    assert "ipykernel" in sys.modules and not {"common", "03_train_source"} & set(sys.modules)
+
+
 def test_a_source_image_that_is_added_is_named(again, tmp_path, data):
     more = shutil.copytree(data / "toy/game_train", tmp_path / "toy/game_train")
     for kind in ("images", "labels"):

@@ -263,14 +263,6 @@ def test_two_jobs_do_not_share_a_folder(say, tmp_path):
     assert [path.name for path in out.iterdir()] == [".lock"]
 
 
-def test_a_folder_that_may_not_be_written(say, monkeypatch, tmp_path):
-    def forbidden(*_, **__):
-        raise PermissionError(13, "Permission denied", str(tmp_path / "run"))
-    monkeypatch.setattr(common.Path, "mkdir", forbidden)
-    message = say("03_train_source")
-    assert f"{tmp_path}/run: Permission denied" in message and brief(message)
-
-
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 @pytest.mark.parametrize("write", [
     lambda part: part.write_text("new " * 10_000),
@@ -313,7 +305,7 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(common, "LOCAL_RANK", 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert common.device.__wrapped__() == torch.device("cuda", 1)
     assert chosen == [torch.device("cuda", 1)]
 

@@ -109,8 +109,12 @@ def test_guidance_is_obeyed_or_refused(fake):
         assert load("owner/name", GUIDANCE=value)[1]["guidance_scale"] == value
     fake(WithoutGuidance())
     assert set(load("owner/name", GUIDANCE=0)[1]) == {"num_inference_steps", "height", "width"}
-    with pytest.raises(common.Stop, match="owner/name has no guidance: set GUIDANCE=0"):
-        load("owner/name", GUIDANCE=3)
+    ignores = FakePipeline()                            # Qwen-Image takes the argument all the same
+    ignores.unet.config = {"guidance_embeds": False}
+    for pipeline in (WithoutGuidance(), ignores):
+        fake(pipeline)
+        with pytest.raises(common.Stop, match="owner/name has no guidance: set GUIDANCE=0"):
+            load("owner/name", GUIDANCE=3)
 
 
 @pytest.mark.parametrize("dtype, missing, tried", [
@@ -297,10 +301,11 @@ def test_a_file_of_prompts_from_any_editor_is_read(job):
     (lambda path: path.write_bytes(b""), "prompts.txt is empty"),
     (lambda path: path.write_bytes(b"\n  \n"), "prompts.txt is empty"),
     (lambda path: path.write_bytes("a café".encode("latin-1")), "prompts.txt cannot be read"),
+    (lambda path: path.write_text('[\n "a photo of a car in town"\n]'), r"has the line \['\['\]"),
     (lambda path: path.write_bytes(b"a" * 2_000_000), "has a line of 2,000,000 characters"),
     pytest.param(lambda path: os.mkfifo(path), "no file .*prompts.txt", marks=pytest.mark.skipif(
         not hasattr(os, "mkfifo"), reason="needs named pipes"))],
-    ids=["empty", "blank", "latin-1", "2 MB", "a pipe"])
+    ids=["empty", "blank", "latin-1", "JSON", "2 MB", "a pipe"])
 def test_a_file_without_prompts_is_refused(job, write, words):
     job.prompts.unlink()
     write(job.prompts)

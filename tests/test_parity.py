@@ -132,9 +132,11 @@ def test_a_trainable_encoder_gets_gradients_and_a_frozen_one_none():
     sum(f.mean() for f in encoder(images)).backward()
     assert encoder.body.conv1.weight.grad.abs().max() > 0 and encoder.body.training
     encoder.freeze(True)
-    assert set(stage.network(encoder, encoder)) == {"decoder"}
+    assert set(stage.network(encoder, encoder)) == {"decoder", "encoder"}       # it once trained
     assert not any(p.requires_grad for p in encoder.parameters())
     assert not any(module.training for module in encoder.train().modules())
+    encoder = stage.Encoder(f"open_clip:local-dir:{CLIP}")
+    assert set(stage.network(encoder, encoder)) == {"decoder"}
     encoder.body.conv1.weight.requires_grad_(True)              # an edit: a part of it trains
     assert set(stage.network(encoder, encoder)) == {"decoder", "encoder"}
 

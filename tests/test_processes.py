@@ -94,6 +94,13 @@ def test_every_item_of_a_step_is_dealt_once(monkeypatch):
     assert second == (([36, 40], None), ([37, 41], None), ([38], [12]), ([39], [13]))
 
 
+def test_processes_that_begin_at_different_steps_stop(monkeypatch):
+    monkeypatch.setattr(common, "PROCESSES", 2)
+    monkeypatch.setattr(common, "sum_of_processes", lambda number: number + 1)
+    with pytest.raises(common.Stop, match="not all processes begin at step 3: a shared folder"):
+        common.agree("begin at step 3")
+
+
 @pytest.mark.parametrize("stage, number", [("03_train_source", 8), ("04_selftrain", 6)])
 def test_a_number_that_does_not_divide_is_refused(monkeypatch, say, stage, number):
     monkeypatch.setattr(common, "PROCESSES", 5)

@@ -44,7 +44,7 @@ CAR, BUS = "a photo of a car in rain", "a photo of a bus in town 3"
     "{}", "12. A photo of a car in rain.", '- "{}"', "  * **{}**", "\t3) An photo of a car in rain",
     "“a photo of a **car** in rain”,", "**Prompt 1:** {}", "| 1 | {} | car |",
     "{} (classes: car)", "{} [car, sky]", "{} - classes: car", "{}. It names a car.",
-    "<li>{}</li>", "{}<br>", "`{}`",
+    "<li>{}</li>", "{}<br>", "`{}`", "a photo of [a car] in [rain]", "a photo of\xa0a car in rain",
     '{{"prompt": "{}", "classes": ["car"]}}'])
 def test_a_prompt_is_found_in_its_line(line):
     assert stage.parse(line.format(CAR), TABLE) == [(CAR, {"car"})]
@@ -68,6 +68,7 @@ def test_what_belongs_to_a_prompt_stays(line):
     ("Sure, here are 100 diverse and simple prompts:", "not"), ("a photo of X in Z", "not"),
     ('Example of the prompt: "a photo of a car in Z"', "not"), ("```", "not"),
     ("a photo of a car on the road", "not"), ("a picture of a car in the rain", "not"),
+    ("a photo of a car in the “old town”", "not"),
     ("a photo of a door in a house", "no class"), ("a photo of a scar in a market", "no class"),
     ("a photo of a person with a person with a person with a person in a town", "loop"),
     ("a photo of apersonwithapersonwithaperson in a town", "loop")])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import common
-from conftest import ROOT, fresh, script
+from conftest import ROOT, fresh
 
 REAL = Path(os.environ.get("REAL", ROOT.parent / "shared/real")).resolve()
 CNN, DAY, DUSK = REAL / "tf_efficientnet_lite0", REAL / "camvid_day", REAL / "camvid_dusk"
@@ -38,23 +38,3 @@ def test_a_real_cnn_gives_timms_features_of_a_real_picture():
         for ours, theirs in zip(encoder(image), wanted, strict=True):
             assert torch.equal(ours, theirs)
     assert encoder.channels == [24, 40, 112, 320]
-
-
-@pytest.mark.slow
-@needs(CNN, DAY, DUSK)
-def test_training_on_real_pictures_lowers_the_loss_and_adapts_to_others(tmp_path):
-    def log_of(stage, *arguments):
-        done = script(stage, f"--SOURCE=folder:{DAY}", "--WORKERS=0", "--LOG_EVERY=1", *arguments,
-                      run=tmp_path, data=tmp_path, PRESET="cityscapes")
-        assert done.returncode == 0, done.stderr
-        return common.read_lines(tmp_path / stage / "log.jsonl", "loss")
-    size = "--DIM=32", "--QUERIES=20", "--LAYERS=2", "--HIDDEN=64", "--PIXEL_LAYERS=1"
-    training = "--CROP=96,128", "--SCALE=0.3,0.6", "--POINTS=256", "--BATCH=4", "--ITERATIONS=16"
-    rows = log_of("03_train_source", *size, *training, "--LR=0.003", "--GRAD_CLIP=1",
-                  f"--ENCODER=timm:local-dir:{CNN}")
-    losses = [row["loss"] for row in rows]
-    assert np.mean(losses[-3:]) < .8 * losses[0]
-    rows = log_of("04_selftrain", f"--GENERATED=folder:{DUSK}/images", "--N_PICTURES=3",
-                  "--N_SOURCE=1", "--N_GENERATED=1", "--ITERATIONS=2", "--SAM_BATCH=1",
-                  "--SAM=tests/toy/weights/sam", "--SAM_MIN_AREA=100")
-    assert all("labelled" in row and np.isfinite(list(row.values())).all() for row in rows)
