@@ -437,11 +437,10 @@ class Run:
         scripts = [stage["__file__"], __file__]
         if "source_stage" in stage:
             scripts.append(stage["source_stage"].__file__)
-        self.code = list(dict.fromkeys([*self.info.get("code", []), code_digest(*scripts)]))
+        self.code = [code_digest(*scripts)]
         if made > {"run.json"}:
             self.compare(self.info["constants"])
-            if len(self.code) > 1:
-                print(f"warning: {self.out} was begun by other code: the scripts were edited since")
+            self.code = list(dict.fromkeys(self.info.get("code", []) + self.code))
 
     def compare(self, earlier):
         """Raise Stop if constants {name: value} of an earlier start differ from today's."""
@@ -453,6 +452,8 @@ class Run:
                    f"experiment is another folder: --OUT={self.out}_{name.split()[0].lower()}")
 
     def finished(self):
+        if len(self.code) > 1:
+            print(f"warning: {self.out} was begun by other code: the scripts were edited since")
         if self.finished_before:
             print(f"{self.stage}: finished before, see {self.result}; another --OUT starts anew")
         return self.finished_before

@@ -1,8 +1,5 @@
-"""Real pictures, labels and weights, for those who have them; skipped otherwise.
-
-REAL names a folder with some of: cityscapes/ as downloaded, whole or in part; camvid_day/images
-and labels (Cityscapes train ids); tf_efficientnet_lite0/, a CNN in timm's local-dir format.
-Without REAL it is ../shared/real."""
+"""A real picture and real weights, for those who have them in the folder REAL, by default
+../shared/real: camvid_day/images, tf_efficientnet_lite0/ as timm's local-dir has it, cityscapes/."""
 import os
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import common
 from conftest import ROOT, fresh
 
 REAL = Path(os.environ.get("REAL", ROOT.parent / "shared/real")).resolve()
-CNN, DAY, DUSK = REAL / "tf_efficientnet_lite0", REAL / "camvid_day", REAL / "camvid_dusk"
+CNN, DAY = REAL / "tf_efficientnet_lite0", REAL / "camvid_day"
 
 
 def needs(*folders):
