@@ -1,5 +1,5 @@
 """A real picture and real weights, for those who have them in the folder REAL, by default
-../shared/real: camvid_day/images, tf_efficientnet_lite0/ as timm's local-dir has it, cityscapes/."""
+../shared/real: camvid_day, tf_efficientnet_lite0 in the local-dir format of timm, cityscapes."""
 import os
 from pathlib import Path
 
