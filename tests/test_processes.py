@@ -96,6 +96,7 @@ def test_every_item_of_a_step_is_dealt_once(monkeypatch):
 
 def test_processes_that_begin_at_different_steps_stop(monkeypatch):
     monkeypatch.setattr(common, "PROCESSES", 2)
+    monkeypatch.setattr(common, "device", lambda: "cpu")
     monkeypatch.setattr(common, "sum_of_processes", lambda number: number + 1)
     with pytest.raises(common.Stop, match="not all processes begin at step 3: a shared folder"):
         common.agree("begin at step 3")
